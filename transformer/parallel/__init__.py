@@ -1,0 +1,1 @@
+"""The device mesh, the table that lays arrays out over it, and starting several processes."""

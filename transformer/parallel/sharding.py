@@ -1,0 +1,123 @@
+"""One mesh and one table of rules: logical names of dimensions to axes of the mesh.
+
+The compiler (GSPMD, Xu et al. 2021, arXiv:2105.04663) inserts the collectives; what it is told is the
+layout of every parameter and of a few activations.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transformer.config import MESH_AXES, Config, mesh_axes, validate
+
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = {
+    # Activations.
+    "batch": ("replica", "fsdp"),
+    "length": (),
+    "hidden": (),
+    # Parameters: `fsdp` splits what `tensor` leaves whole, so that every large array is split by both.
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "positions": (),
+    "layers": (),
+    "norm": (),
+    # Both: split inside a layer (Shoeybi et al. 2019, arXiv:1909.08053).
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_width": (),
+}
+
+
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh over all devices; raises ConfigError if the axes or the batch do not divide."""
+    devices = jax.devices() if devices is None else devices
+    validate(config, len(devices))
+    shape = tuple(mesh_axes(config, len(devices)).values())
+    if math.prod(shape) == 1 or devices[0].platform == "cpu":
+        grid = np.asarray(devices).reshape(shape)
+    else:
+        # Orders the devices so that neighbours on the mesh are neighbours on the torus.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(
+    axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int], rules: Rules = RULES
+) -> PartitionSpec:
+    """Returns the layout of an array whose dimensions have the logical names `axes`.
+
+    A mesh axis that does not divide its dimension (`sizes` are those of the mesh) leaves it whole. Raises
+    ValueError for a name without a rule, and for two names of one array that land on one mesh axis.
+    """
+    entries: list[tuple[str, ...] | str | None] = []
+    owner: dict[str, str] = {}
+    for name, dim in zip(axes, shape, strict=True):
+        if name not in rules:
+            raise ValueError(f"no sharding rule for the logical axis {name!r}; there are {', '.join(rules)}")
+        for axis in rules[name]:
+            if axis in owner:
+                raise ValueError(
+                    f"logical axes {owner[axis]!r} and {name!r} of one array both map to mesh axis {axis!r}"
+                )
+            owner[axis] = name
+        chosen = tuple(axis for axis in rules[name] if sizes.get(axis, 1) > 1)
+        while chosen and dim % math.prod(sizes[axis] for axis in chosen):
+            chosen = chosen[:-1]
+        entries.append(chosen[0] if len(chosen) == 1 else chosen or None)
+    return PartitionSpec(*entries)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """Returns the layout of one array over `mesh`."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the layout of a batch's arrays, [B, T]: rows over the data-parallel axes."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Fixes the layout of an activation under the current mesh (`jax.set_mesh`); without one does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh.shape))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns the rows of a global batch that this process's devices hold, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1))
+    rows: set[int] = set()
+    for index in indices.values():
+        assert index is not None
+        rows.update(range(*index[0].indices(batch_size)))
+    return sorted(rows)
+
+
+def global_array(mesh: Mesh, rows: Sequence[int], batch_size: int, local: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns a global batch whose rows `rows`, held by this process, are `local`; starts the transfers."""
+    layout = batch_sharding(mesh)
+    first = {row: number for number, row in enumerate(rows)}
+
+    def place(values: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(batch_size)
+            return values[first[start] : first[stop - 1] + 1]
+
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), layout, piece)
+
+    return {name: place(values) for name, values in local.items()}
