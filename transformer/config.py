@@ -327,6 +327,14 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def type_of(key: str) -> Any:
+    """Returns the declared type of a dotted key."""
+    kind: Any = Config
+    for part in key.split("."):
+        kind = {item.name: item.type for item in dataclasses.fields(kind)}[part]
+    return kind
+
+
 def keys(config_type: type = Config, prefix: str = "") -> tuple[str, ...]:
     """Returns every dotted key of the configuration, in order of declaration."""
     found: list[str] = []
@@ -423,7 +431,7 @@ def problems_of(config: Config) -> list[str]:
         warmup <= train.num_steps or train.num_steps <= 0,
         f"the warm-up of {warmup} steps is longer than train.num_steps = {train.num_steps}",
     )
-    if config.optimizer.schedule == "wsd":
+    if config.optimizer.schedule == "wsd" and 0 <= config.optimizer.decay_share < 1:
         decay = round(config.optimizer.decay_share * train.num_steps)
         need(
             warmup + decay <= train.num_steps,
@@ -504,7 +512,12 @@ def validate(config: Config, num_devices: int | None = None) -> Config:
 
 def replace(config: Config, **changes: Any) -> Config:
     """Returns `config` with changes given as `model={"width": 128}, seed=1`: one level deep, like the tree."""
-    nested = {k: dataclasses.replace(getattr(config, k), **v) if isinstance(v, dict) else v for k, v in changes.items()}
+    nested = {
+        name: dataclasses.replace(getattr(config, name), **change)
+        if isinstance(change, dict) and hasattr(config, name)
+        else change
+        for name, change in changes.items()
+    }
     return dataclasses.replace(config, **nested)
 
 
@@ -541,17 +554,20 @@ def _build(kind: type[T], tree: Any, prefix: str, problems: list[str]) -> T:
         elif dataclasses.is_dataclass(expected := fields[name].type):
             values[name] = _build(typing.cast(type, expected), value, f"{prefix}{name}.", problems)
         else:
-            value = tuple(value) if isinstance(value, list) else value
-            value = (
-                float(value)
-                if isinstance(value, int) and not isinstance(value, bool) and _accepts(expected, 0.5)
-                else value
-            )
+            value = _coerced(expected, value)
             if _accepts(expected, value):
                 values[name] = value
             else:
-                problems.append(f"{prefix}{name} = {value!r}: must be {_type_name(expected)}")
+                problems.append(type_problem(prefix + name, value, expected))
     return kind(**values)
+
+
+def _coerced(expected: Any, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        element = typing.get_args(expected)[0] if typing.get_origin(expected) is tuple else None
+        return tuple(_coerced(element, item) for item in value)
+    wants_float = expected is float or float in typing.get_args(expected)
+    return float(value) if wants_float and type(value) is int else value
 
 
 def _accepts(expected: Any, value: Any) -> bool:
@@ -565,19 +581,29 @@ def _accepts(expected: Any, value: Any) -> bool:
     return type(value) is expected
 
 
-def _type_name(expected: Any) -> str:
-    return (
-        expected.__name__
-        if isinstance(expected, type) and not typing.get_args(expected)
-        else str(expected).replace("typing.", "")
-    )
+def type_problem(key: str, value: Any, expected: Any) -> str:
+    """Returns the sentence for a value that is not of the type `expected`."""
+    choices = typing.get_args(expected) if typing.get_origin(expected) is Literal else ()
+    return f"{key} = {value!r}: must be {type_name(expected)}{nearest(str(value), choices)}"
 
 
-def type_problems(config: Config) -> list[str]:
-    """Returns a sentence for each value whose type is not the declared one (a recipe is plain Python)."""
+def type_name(expected: Any) -> str:
+    """Returns a declared type in words."""
+    arguments = typing.get_args(expected)
+    if typing.get_origin(expected) is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if typing.get_origin(expected) is tuple:
+        return f"any number of values, each {type_name(arguments[0])}"
+    if arguments:
+        return " or ".join("None" if argument is types.NoneType else type_name(argument) for argument in arguments)
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[expected]
+
+
+def normalized(config: Config) -> tuple[Config, list[str]]:
+    """Returns `config` with lists as tuples and whole numbers as floats where those are declared, and a sentence for
+    each value of another type (a recipe is plain Python), which takes its default."""
     problems: list[str] = []
-    _build(Config, dataclasses.asdict(config), "", problems)
-    return problems
+    return _build(Config, dataclasses.asdict(config), "", problems), problems
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -1,0 +1,15 @@
+"""The demo: the Python standard library's own source, on two CPU cores, in about four minutes."""
+
+from transformer.config import Config, replace
+
+
+def get_config() -> Config:
+    return replace(
+        Config(),
+        data={"source": ("python_stdlib",), "tokenizer": "bpe", "tokenizer_vocab_size": 4096, "sequence_length": 256},
+        model={"num_layers": 4, "width": 256, "num_heads": 4},
+        optimizer={"learning_rate": 2e-3, "warmup_steps": 50},
+        train={"num_steps": 400, "batch_size": 16},
+        evaluation={"every_steps": 100, "num_batches": 20, "sample_prompt": "def "},
+        checkpoint={"every_steps": 100},
+    )

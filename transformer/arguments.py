@@ -1,0 +1,276 @@
+"""The command line of a run: a recipe, typed overrides of single keys, and every mistake in them at once."""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import io
+import os
+import re
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar, cast
+
+import tyro
+
+from transformer.config import (
+    Config,
+    ConfigError,
+    from_json,
+    keys,
+    nearest,
+    normalized,
+    problems_of,
+    type_of,
+    type_problem,
+)
+
+
+@typing.runtime_checkable
+class Options(Protocol):
+    """What a command can be told: a dataclass whose last field is the configuration."""
+
+    @property
+    def config(self) -> Config: ...
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""Where `configs/` lies: recipes are named after the files in it."""
+
+Overrides = Annotated[Config, tyro.conf.arg(name="")]
+Recipe = Annotated[str, tyro.conf.arg(name="config", metavar="RECIPE", help_behavior_hint="(default: those below)")]
+Workdir = Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model, or go on with the run in --workdir where it stopped.
+
+    Every key of the configuration is an option: --model.width 512, --data.path a.txt b.txt, --model.biases or
+    --model.no-biases. An option given here wins over the recipe.
+    """
+
+    recipe: Recipe = ""
+    """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
+    workdir: Workdir = ""
+    """The run directory: checkpoints, metrics, samples and the configuration."""
+    config: Overrides = field(default_factory=Config)
+
+
+def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT:
+    """Returns the options, of the dataclass `kind`, that a command line asks for.
+
+    The defaults of the configuration are those of the recipe after `--config`, or of the run in `--workdir`
+    for options without a recipe. Raises ConfigError with every mistake in recipe and command line.
+    """
+    groups = _groups(arguments)
+    names = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
+    origin = "config" if "recipe" in names else "workdir"
+    named = [values[-1] for flag, *values in groups if flag == f"--{origin}" and values]
+    base, problems, sound = Config(), [], True
+    if named:
+        base, problems, sound = load_config(named[-1]) if origin == "config" else load_run_config(named[-1])
+    options = cast(Any, kind)(config=base)
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(kind, prog=prog, args=["--help"], default=options)
+    flags = [argument for group in groups for argument in _switch(group)]
+    parsed = _parse(kind, flags, options)
+    given: set[str] = set()
+    if parsed is None:
+        # tyro stops at the first kind of mistake, so each option is parsed by itself.
+        own = {name: hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
+        types = {key: type_of(key) for key in keys()} | own | {"config": str}
+        for group in groups:
+            single = _parse(kind, _switch(group), options)
+            if single is None:
+                problems.append(_mistake(group, types))
+            options = options if single is None else single
+        given = {_key(flag) for flag, *_ in groups}
+    else:
+        options = parsed
+    if getattr(options, "workdir", None) == "" and not any(flag == "--workdir" for flag, *_ in groups):
+        problems.append("--workdir is missing: name the run directory")
+    mistyped = {key for problem in problems for key in keys() if problem.startswith(f"{key} ")}
+    for problem in problems_of(options.config):
+        # A value that stands in for one that could not be read is no mistake of the user's.
+        concerns = {key for key in keys() if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem)}
+        if not concerns & mistyped and (sound or concerns <= given):
+            problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
+    return options
+
+
+def _groups(arguments: Sequence[str]) -> list[list[str]]:
+    """Splits a command line into options, each with its values; a negative number is a value."""
+    groups: list[list[str]] = []
+    for argument in arguments:
+        if re.match(r"--?[A-Za-z][\w.-]*(=|$)", argument):
+            flag, equals, value = argument.partition("=")
+            groups.append([flag, value] if equals else [flag])
+        elif groups:
+            groups[-1].append(argument)
+        else:
+            groups.append([argument])
+    return groups
+
+
+def _key(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _switch(group: list[str]) -> list[str]:
+    """Returns an option as tyro spells it: `--a.b True` as `--a.b`, `--a.b False` as `--a.no-b`."""
+    flag, *values = group
+    if _key(flag) in keys() and type_of(_key(flag)) is bool and values in (["True"], ["False"]):
+        section, dot, name = flag.removeprefix("--").rpartition(".")
+        return [flag if values == ["True"] else f"--{section}{dot}no-{name}"]
+    # `--prompt=-x` is the only way to give a value that begins with a dash.
+    return [f"{flag}={values[0]}", *values[1:]] if values and flag.startswith("--") else group
+
+
+def _parse(kind: type[OptionsT], arguments: Sequence[str], default: OptionsT) -> OptionsT | None:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return tyro.cli(kind, args=arguments, default=default, console_outputs=False)
+        except SystemExit:
+            return None
+
+
+def _mistake(group: list[str], types: dict[str, Any]) -> str:
+    flag, *values = group
+    key = _key(flag)
+    if not flag.startswith("--"):
+        return f"{flag!r} is not an option: options begin with --"
+    if key not in types:
+        return f"{flag} is not an option{nearest(key, list(types))}"
+    label = key if key in keys() else flag
+    if not values:
+        return f"{label} has no value: give one after {flag}"
+    return type_problem(label, " ".join(values), types[key])
+
+
+def load_config(name: str) -> tuple[Config, list[str], bool]:
+    """Returns the configuration that `--config` names, what is wrong with it, and whether it could be read at all."""
+    path = Path(name).expanduser()
+    recipes = {file.stem: file for file in sorted((CHECKOUT / "configs").glob("[!_]*.py"))}
+    path = recipes.get(name, path)
+    if path.is_dir():
+        return load_run_config(name)
+    if not path.is_file():
+        guess = nearest(path.stem, tuple(recipes))
+        return (
+            Config(),
+            [f"--config = {name!r}: no such recipe or file; recipes are {', '.join(recipes)}{guess}"],
+            False,
+        )
+    return _run_recipe(path) if path.suffix == ".py" else _read_json(path)
+
+
+def load_run_config(workdir: str) -> tuple[Config, list[str], bool]:
+    """Returns the configuration of a run, as `load_config` does."""
+    path = Path(workdir).expanduser() / "config.json"
+    if not path.is_file():
+        return Config(), [f"{workdir!r} is not a run directory: it has no config.json"], False
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> tuple[Config, list[str], bool]:
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path)), [], True
+    except (ConfigError, UnicodeDecodeError) as error:
+        return Config(), str(error).splitlines(), False
+
+
+def _run_recipe(path: Path) -> tuple[Config, list[str], bool]:
+    problems: list[str] = []
+    search_path = list(sys.path)
+    path = path.resolve()
+    try:
+        # A recipe may import another: `from configs import stdlib`.
+        sys.path.insert(0, str(CHECKOUT))
+        with _misspelt_keys_into(problems):
+            spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+            assert spec is not None and spec.loader is not None, path
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if not callable(getattr(module, "get_config", None)):
+                return Config(), [f"{path} has no function get_config() -> Config"], False
+            config = module.get_config()
+    except ConfigError as error:
+        return Config(), [*problems, *(f"{path}: {problem}" for problem in error.problems)], False
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        return Config(), [*problems, f"{where}: {type(error).__name__}: {error}"], False
+    finally:
+        sys.path[:] = search_path
+    if not isinstance(config, Config):
+        return Config(), [*problems, f"{path}: get_config() returned {type(config).__name__}, not a Config"], False
+    config, mistyped = normalized(config)
+    return config, problems + mistyped, True
+
+
+@contextlib.contextmanager
+def _misspelt_keys_into(problems: list[str]) -> Iterator[None]:
+    """Collects unknown keyword arguments of the configuration's dataclasses, where Python would stop at the first."""
+    sections = {Config: ""} | {item.type: f"{item.name}." for item in dataclasses.fields(Config)}
+    kinds = {cast(Any, kind): prefix for kind, prefix in sections.items() if dataclasses.is_dataclass(kind)}
+    originals = {kind: kind.__init__ for kind in kinds}
+
+    def tolerant(kind: Any) -> Callable[..., None]:
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            known = {item.name for item in dataclasses.fields(kind)}
+            for name in [name for name in values if name not in known]:
+                key = kinds[kind] + name
+                problems.append(f"{key} is not a key{nearest(key, [*keys(), *_SECTIONS])}")
+            originals[kind](self, *args, **{name: value for name, value in values.items() if name in known})
+
+        return init
+
+    try:
+        for kind in kinds:
+            kind.__init__ = tolerant(kind)
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.__init__ = original
+
+
+_SECTIONS = tuple(item.name for item in dataclasses.fields(Config))
+
+_DISK_AND_PERMISSIONS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+def exit_status(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit status, with mistakes and full disks told in a line and not a traceback.
+
+    2: a mistake of the user's; 1: the disk or its permissions; 130: interrupted. Anything else is a bug of ours
+    and keeps its traceback.
+    """
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not find that out again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _DISK_AND_PERMISSIONS:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
