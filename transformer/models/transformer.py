@@ -136,7 +136,9 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config = self.config
-        x = self.embedding[...].astype(config.compute_dtype)[tokens]
+        # Gathering along a split width makes the compiler replicate the result; gather the table's width first.
+        table = constrain(self.embedding[...].astype(config.compute_dtype), "vocab", "hidden")
+        x = table[tokens]
         if self.positions is not None:
             x = x + self.positions[...].astype(x.dtype)[positions]
         elif config.positions == "sinusoidal":

@@ -1,0 +1,35 @@
+"""Gradient transformations by name. The step multiplies what they return by minus the learning rate."""
+
+from collections.abc import Callable
+
+import optax
+
+from transformer.config import Config, OptimizerConfig
+from transformer.models.parameters import Tree, map_specs
+
+
+def _adamw(config: OptimizerConfig, specs: Tree) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    decayed = map_specs(lambda spec: spec.role in ("matrix", "embedding"), specs)
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+    )
+
+
+def _sgd(config: OptimizerConfig, specs: Tree) -> optax.GradientTransformation:
+    return optax.trace(config.momentum) if config.momentum else optax.identity()
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Tree], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+}
+
+
+def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformation:
+    """Returns clipping by the global norm followed by the optimizer's own rule, learning rate left out."""
+    rule = OPTIMIZERS[config.optimizer.name](config.optimizer, specs)
+    if not config.optimizer.clip_norm:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), rule)
