@@ -61,15 +61,13 @@ test: $(INSTALLED)
 	$(BIN)/pyright
 	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-# Needs uv and both Python versions; the pins of the 0.12 line serve Python 3.12 and 3.13.
+# Resolves the pins again (needs uv), keeping those that still fit; the 0.12 line serves Python 3.12 and 3.13.
 constraints:
 	@for line in '3.11 0.10' '3.12 0.12'; do \
 	  read -r python jax <<<"$$line"; \
-	  pins=constraints/jax-$$jax.txt; \
-	  { echo "# Pins of the JAX $$jax line, resolved for Python $$python on Linux by \`make constraints\`."; \
-	    uv pip compile --quiet pyproject.toml --python "$$(command -v python$$python)" --no-header --no-annotate \
-	      $(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --constraint <(echo "jax==$$jax.*"); } >$$pins.new; \
-	  mv $$pins.new $$pins; \
+	  uv pip compile --quiet pyproject.toml --python-version $$python --constraint <(echo "jax==$$jax.*") \
+	    $(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) \
+	    --no-annotate --custom-compile-command 'make constraints' --output-file constraints/jax-$$jax.txt; \
 	done
 
 clean:
