@@ -33,7 +33,9 @@ def events(workdir: Path) -> list:
 
 
 def scalars(workdir: Path) -> list[tuple[int, str, float]]:
-    return [(e.step, v.tag, v.simple_value) for e in events(workdir) for v in e.summary.value if not v.HasField("tensor")]
+    return [
+        (e.step, v.tag, v.simple_value) for e in events(workdir) for v in e.summary.value if not v.HasField("tensor")
+    ]
 
 
 @needs_tensorboard
@@ -125,7 +127,9 @@ def test_every_call_reaches_every_tracker():
     both.text(2, "t")
     both.sync()
     both.close()
-    assert calls == [x for call in (("log", {"step": 1}), ("text", 2, "t"), ("sync",), ("close",)) for x in (call, call)]
+    assert calls == [
+        x for call in (("log", {"step": 1}), ("text", 2, "t"), ("sync",), ("close",)) for x in (call, call)
+    ]
 
 
 @needs_wandb
