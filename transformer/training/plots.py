@@ -1,0 +1,100 @@
+"""The loss curve as a picture."""
+
+import functools
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transformer.config import write_atomically
+from transformer.training.metrics import read_metrics
+
+MAX_POINTS = 4000
+"""Training points drawn: the eye sees no more of them, however long the run."""
+
+TRAIN, VALIDATION, INK, GRID = "#2f6db3", "#c8452c", "#333333", "#e6e6e6"
+
+
+def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
+    """Draws the cross-entropy (nats per token) of training and validation over the steps; says whether it could.
+
+    Where matplotlib is missing one message tells so, however often this is called.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    except ImportError:
+        _tell_what_is_missing()
+        return False
+
+    records = read_metrics(metrics_path, MAX_POINTS)
+    steps, losses = _curve(records, "train")
+    validation_steps, validation_losses = _curve(records, "validation")
+    if not len(steps) + len(validation_steps):
+        return False
+    smooth = _smooth(losses)
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color=TRAIN, alpha=0.4, linewidth=0.7, marker="." if len(steps) <= 50 else "")
+    axes.plot(steps, smooth, color=TRAIN, linewidth=1.6, label=f"training, smoothed{_last(records, 'train', smooth)}")
+    if len(validation_steps):
+        axes.plot(
+            validation_steps,
+            validation_losses,
+            color=VALIDATION,
+            linewidth=1.2,
+            marker="o" if len(validation_steps) <= 50 else "",
+            markersize=4,
+            label=f"validation{_last(records, 'validation', validation_losses)}",
+        )
+    # Single spikes must not flatten the curve, but its first point is no spike.
+    shown = np.concatenate([losses[:1], np.quantile(losses, [0, 0.995]) if len(losses) else losses, validation_losses])
+    low, high = float(shown.min()), float(shown.max())
+    margin = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    axes.margins(x=0.02)
+
+    axes.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.set_ylabel("cross-entropy (nats per token)", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    write_atomically(png_path, png.getvalue())
+    return True
+
+
+def _curve(records: list[dict[str, Any]], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps and cross-entropies of a split, without those that are not finite."""
+    kept = [r for r in records if r["split"] == split and r.get("cross_entropy") is not None]
+    return np.array([r["step"] for r in kept], int), np.array([r["cross_entropy"] for r in kept], float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Returns the running median over 4% of the points: deaf to spikes. Less near the start, which is steep."""
+    radius = [min(i // 4, len(values) // 50) for i in range(len(values))]
+    return np.array([np.median(values[i - r : i + r + 1]) for i, r in enumerate(radius)])
+
+
+def _last(records: list[dict[str, Any]], split: str, losses: np.ndarray) -> str:
+    if not len(losses):
+        return ""
+    bits = [r["bits_per_byte"] for r in records if r["split"] == split and r.get("bits_per_byte") is not None]
+    return f" (last {losses[-1]:.3f}{f', {bits[-1]:.3f} bits per byte' if bits else ''})"
+
+
+@functools.cache
+def _tell_what_is_missing() -> None:
+    print('No loss plot: matplotlib is not installed (pip install "transformer[plots]")', file=sys.stderr, flush=True)
