@@ -60,15 +60,15 @@ def sinusoidal_positions(positions: Int[Array, "B T"], width: int) -> Float[Arra
 
 def rotary_angles(
     positions: Int[Array, "B T"], head_width: int, base: float
-) -> tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]:
-    """Returns cosine and sine of each position's angle in each plane (Su et al. 2021, arXiv:2104.09864)."""
+) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
+    """Returns cosine and sine of each position's angle in each of R = H / 2 planes (Su et al. 2021, arXiv:2104.09864)."""
     frequencies = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
-    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "B T 1 H/2"], Float[Array, "B T 1 H/2"]]
+    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]
 ) -> Float[Array, "B T N H"]:
     """Turns the plane (i, i + H/2) of every head by its position's angle."""
     cosine, sine = angles

@@ -120,4 +120,5 @@ def global_array(mesh: Mesh, rows: Sequence[int], batch_size: int, local: Mappin
 
         return jax.make_array_from_callback((batch_size, *values.shape[1:]), layout, piece)
 
-    return {name: place(values) for name, values in local.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a training step needs
+        return {name: place(values) for name, values in local.items()}

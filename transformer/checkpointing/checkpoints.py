@@ -1,0 +1,110 @@
+"""Orbax checkpoints of a run: asynchronous, atomic, restored onto any mesh. All contact with Orbax is here."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from transformer.config import CheckpointConfig, ConfigError
+
+PARAMETERS, REST = "params", "rest"
+"""Items of a checkpoint: parameters alone, so that they can be read alone, and everything else."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Used as a context manager: leaving waits for the last save."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig | None = None):
+        """Opens `directory`; without a `config` it is only read."""
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies: list[Any] = []
+        if config is not None:
+            # One policy for all: BestN alone would delete the newest checkpoint when it is not among the best.
+            policies.append(checkpoint_managers.LatestN(config.keep_latest))
+            if config.keep_best:
+                policies.append(
+                    checkpoint_managers.BestN(
+                        get_metric_fn=lambda metrics: metrics["validation_loss"],
+                        reverse=True,
+                        n=config.keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    )
+                )
+            if config.keep_every_steps:
+                policies.append(checkpoint_managers.EveryNSteps(config.keep_every_steps))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies) if policies else None,
+            cleanup_tmp_directories=config is not None,
+            read_only=config is None,
+            create=config is not None,
+        )
+        handlers = {PARAMETERS: ocp.StandardCheckpointHandler(), REST: ocp.StandardCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a finished checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Returns the step with the lowest validation loss, if any checkpoint has one."""
+        scored = [(loss, step) for step in self.steps() if (loss := self._validation_loss(step)) is not None]
+        return min(scored)[1] if scored else None
+
+    def _validation_loss(self, step: int) -> float | None:
+        metrics = self._manager.metrics(step)
+        return metrics.get("validation_loss") if metrics else None
+
+    def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
+        """Starts a save; it becomes visible, by a rename, only once it is whole."""
+        if step in self._manager.all_steps():
+            return
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Returns when every started save is on disk; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, **items: Any) -> dict[str, Any]:
+        """Returns `items` (`params`, `rest`: trees of shape, type and sharding) filled from checkpoint `step`.
+
+        Raises ConfigError if a shape, a type or the tree itself differs: Orbax would silently cast types.
+        """
+        stored = self._manager.item_metadata(step)
+        problems: list[str] = []
+        for name, wanted in items.items():
+            problems += _differences(getattr(stored[name], "tree", stored[name]), wanted, f"checkpoint {step}: {name}")
+        if problems:
+            raise ConfigError(problems)
+        arguments = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
+        return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
+
+
+def _differences(stored: Any, wanted: Any, where: str) -> list[str]:
+    def described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
+            for path, leaf in leaves
+        }
+
+    old, new = described(stored), described(wanted)
+    problems = [f"{where}/{name} is in the checkpoint but not in the model" for name in sorted(old.keys() - new.keys())]
+    problems += [f"{where}/{name} is not in the checkpoint" for name in sorted(new.keys() - old.keys())]
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name]:
+            problems.append(f"{where}/{name} is {old[name]} in the checkpoint and {new[name]} in the model")
+    return problems

@@ -1,0 +1,139 @@
+"""A run directory: config.json, the tokenizer, checkpoints; all that any verb needs of a run."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.config import Config, ConfigError, from_json, get, keys, to_json, write_atomically
+from transformer.data.prepare import Prepared
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.models.parameters import Tree, abstract_parameters, parameter_specs
+from transformer.models.transformer import Transformer
+from transformer.parallel.sharding import sharding
+
+CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
+
+MAY_CHANGE = ("model.scan_layers", "model.remat", "model.compute_dtype", "model.dropout")
+"""Keys of `model` that change neither the parameters nor what they mean."""
+
+FIXED = (
+    *(key for key in keys() if key.startswith("model.") and key not in MAY_CHANGE),
+    *("data.sequence_length", "data.shuffle", "data.shift_windows", "data.weights"),
+    *("objective.name", "optimizer.name", "train.batch_size", "seed"),
+)
+"""Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stands in a run directory."""
+
+    workdir: Path
+    config: Config
+    tokenizer: Tokenizer
+    data_fingerprint: str
+
+    def load_parameters(self, mesh: Mesh, step: int | None = None, best: bool = False) -> tuple[Transformer, Tree, int]:
+        """Returns the model, its parameters laid out over `mesh`, and their step: the latest unless told otherwise."""
+        model = Transformer(self.config.model)
+        layout = jax.tree.map(
+            lambda spec: sharding(mesh, spec.axes, spec.shape), parameter_specs(model), is_leaf=_has_axes
+        )
+        abstract = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract_parameters(model), layout
+        )
+        directory = self.workdir / CHECKPOINTS
+        if not directory.is_dir():
+            raise ConfigError(f"{self.workdir} has no checkpoint yet")
+        with Checkpoints(directory) as checkpoints:
+            available = checkpoints.steps()
+            chosen = (checkpoints.best_step() if best else checkpoints.latest_step()) if step is None else step
+            if chosen not in available:
+                listed = ", ".join(map(str, available)) or "none"
+                wanted = "with a validation loss" if chosen is None else f"of step {chosen}"
+                raise ConfigError(f"{self.workdir} has no checkpoint {wanted}; there are: {listed}")
+            return model, checkpoints.restore(chosen, params=abstract)["params"], chosen
+
+
+def _has_axes(value: object) -> bool:
+    return hasattr(value, "axes")
+
+
+def load_run(workdir: Path) -> Run:
+    """Reads a run directory; raises ConfigError if it is not one."""
+    try:
+        text = (workdir / CONFIG).read_text()
+        corpus = json.loads((workdir / CORPUS).read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = f"{workdir} is not a run directory: it has no {Path(error.filename).name}"
+        raise ConfigError(problem) from error
+    config = from_json(text, str(workdir / CONFIG))
+    return Run(workdir, config, load_tokenizer(workdir / TOKENIZER), corpus["fingerprint"])
+
+
+def contradictions(old: Config, new: Config) -> list[str]:
+    """Returns a sentence for each fixed key in which `new` differs from the run's `old` configuration."""
+    return [
+        f"{key} = {get(new, key)!r} contradicts the run, which has {get(old, key)!r}"
+        for key in FIXED
+        if get(old, key) != get(new, key)
+    ]
+
+
+def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool) -> None:
+    """Begins a run in `workdir`, or joins the one that is there.
+
+    Raises ConfigError with every differing key if the run there is another one. Only the process with `is_writer` writes.
+    """
+    if (workdir / CONFIG).exists():
+        run = load_run(workdir)
+        problems = contradictions(run.config, config)
+        if run.tokenizer.fingerprint != prepared.tokenizer.fingerprint:
+            problems.append("data.tokenizer: the run was trained with another tokenizer")
+        elif run.data_fingerprint != prepared.fingerprint:
+            problems.append("data: the run was trained on another corpus, or the files of the corpus have changed")
+        if problems:
+            advice = "start in another --workdir, or give the run's own values"
+            raise ConfigError([f"{workdir} is the directory of another run: {advice}", *problems])
+    if is_writer:
+        prepared.tokenizer.save(workdir / TOKENIZER)
+        write_atomically(workdir / CORPUS, json.dumps({"fingerprint": prepared.fingerprint}) + "\n")
+        write_atomically(workdir / CONFIG, to_json(config))
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the run directory for one training at a time; raises ConfigError if another process has it."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{workdir} is in use by another process that trains there") from error
+        yield
+
+
+def resolve(config: Config, vocab_size: int, platform: str) -> Config:
+    """Returns `config` with everything that depends on tokenizer and hardware filled in.
+
+    Raises ConfigError if the model's vocabulary is smaller than the tokenizer's.
+    """
+    model = config.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        problem = f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {vocab_size} tokens"
+        raise ConfigError(f"{problem}: give at least that, or leave it out")
+    filled = dataclasses.replace(
+        model,
+        vocab_size=model.vocab_size or vocab_size,
+        num_positions=model.num_positions or config.data.sequence_length,
+        scan_layers=platform != "cpu" if model.scan_layers is None else model.scan_layers,
+    )
+    return dataclasses.replace(config, model=filled)

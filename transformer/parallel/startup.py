@@ -1,0 +1,77 @@
+"""What must be settled before JAX touches a device: allocator, simulated devices, processes, compilation cache."""
+
+import ctypes
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformer.config import Config
+
+_started = False
+
+
+def start(config: Config) -> None:
+    """Prepares this process for `config`; call it before anything imports JAX. Later calls do nothing."""
+    global _started
+    if _started:
+        return
+    _started = True
+    if config.parallel.cpu_devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flag = f"--xla_force_host_platform_device_count={config.parallel.cpu_devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        # Simulated devices wait for each other inside XLA's thread pool, which by default has a thread a core
+        # and deadlocks when more devices than cores meet in a collective.
+        os.environ.setdefault("NPROC", str(max(16, 2 * config.parallel.cpu_devices)))
+    if not _has_accelerator():
+        _keep_freed_memory()
+
+    import jax
+
+    if config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    processes = find_processes(config, os.environ)
+    if processes is not None:
+        jax.distributed.initialize(**processes)
+
+
+def find_processes(config: Config, environ: Mapping[str, str]) -> dict | None:
+    """Returns the arguments of `jax.distributed.initialize`, or None for a single process.
+
+    In order of precedence: the configuration; `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` (for Kubernetes' indexed jobs, `JOB_COMPLETION_INDEX` stands for the last); Slurm, and
+    the hosts of a TPU slice, which JAX itself knows how to read.
+    """
+    parallel = config.parallel
+    if parallel.coordinator:
+        return _processes(parallel.coordinator, parallel.num_processes, parallel.process_id)
+    if "JAX_COORDINATOR_ADDRESS" in environ and "JAX_NUM_PROCESSES" in environ:
+        index = environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX", "0"))
+        return _processes(environ["JAX_COORDINATOR_ADDRESS"], int(environ["JAX_NUM_PROCESSES"]), int(index))
+    in_slurm_step = "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
+    several_tpu_hosts = "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    return {} if in_slurm_step or several_tpu_hosts else None
+
+
+def _processes(address: str, count: int, index: int) -> dict:
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _has_accelerator() -> bool:
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd"))
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory.
+
+    XLA allocates the temporary buffers of a step anew every time; by default glibc gives them back to the
+    system in between, and a fifth of a step on the CPU goes to page faults. Resident memory then stays at its peak.
+    """
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(parameter, value)

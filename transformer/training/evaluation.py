@@ -1,0 +1,54 @@
+"""Validation: the objective's terms summed over the validation split."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from transformer.config import Config
+from transformer.data.batches import validation_batches
+from transformer.data.prepare import Prepared
+from transformer.models.parameters import Tree
+from transformer.models.transformer import Transformer
+from transformer.parallel.sharding import global_array, local_rows, replicated
+from transformer.training.step import make_terms
+
+
+class Evaluator:
+    """The compiled evaluation of one model; called with parameters as often as needed."""
+
+    def __init__(self, config: Config, prepared: Prepared, model: Transformer, mesh: Mesh):
+        self._config, self._prepared, self._mesh = config, prepared, mesh
+        self._batch_size = config.evaluation.batch_size or config.train.batch_size
+        self._rows = local_rows(mesh, self._batch_size)
+        self._sums = jax.jit(make_terms(config, model), out_shardings=replicated(mesh))
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Yields the global batches of the validation split, in order."""
+        for local in validation_batches(self._config, self._prepared, self._rows):
+            yield global_array(self._mesh, self._rows, self._batch_size, local)
+
+    def __call__(self, params: Tree) -> dict[str, float]:
+        """Returns loss, the mean of each term and measure, tokens, and bits a byte of the text.
+
+        Sums are added up in double precision on the host, batch after batch, so that their order is fixed.
+        """
+        losses: dict[str, list[float]] = {}
+        measures: dict[str, list[float]] = {}
+        for batch in self.batches():
+            terms = jax.device_get(self._sums(params, batch))
+            for totals, found in ((losses, terms.losses), (measures, terms.measures)):
+                for name, (value, weight) in found.items():
+                    total = totals.setdefault(name, [0.0, 0.0])
+                    total[0] += float(value)
+                    total[1] += float(weight)
+        means = {name: value / max(weight, 1) for name, (value, weight) in (losses | measures).items()}
+        result = {"loss": sum(means[name] for name in losses), **means}
+        if "cross_entropy" in losses:
+            result["tokens"] = int(losses["cross_entropy"][1])
+            splits = [source.validation for source in self._prepared.sources]
+            tokens_per_byte = sum(split.num_tokens for split in splits) / sum(split.num_bytes for split in splits)
+            result["bits_per_byte"] = means["cross_entropy"] / math.log(2) * tokens_per_byte
+        return result

@@ -1,0 +1,244 @@
+"""The training loop, from a configuration to a finished run; read `run`, then `Loop.train`."""
+
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.checkpointing.run import CHECKPOINTS, locked, open_run, resolve
+from transformer.config import Config, validate
+from transformer.data.batches import train_batches
+from transformer.data.prepare import Prepared, prepare
+from transformer.inference.generate import generate, max_new_tokens
+from transformer.models.flops import peak_flops, training_flops_per_token
+from transformer.models.parameters import num_parameters, parameter_specs
+from transformer.models.transformer import Transformer
+from transformer.optimizers import make_optimizer
+from transformer.parallel.sharding import batch_sharding, global_array, local_rows, make_mesh, replicated
+from transformer.training.evaluation import Evaluator
+from transformer.training.preemption import Signals, Vote
+from transformer.training.report import Report
+from transformer.training.state import TrainState, abstract_state, create_state, state_shardings
+from transformer.training.step import make_train_step
+
+
+def run(config: Config, workdir: Path) -> int:
+    """Trains until `train.num_steps`, from the last checkpoint in `workdir` if there is one.
+
+    Returns the exit status: 0 when the run is finished, 143 after SIGTERM and 130 after SIGINT with the state saved,
+    1 when too many gradients in a row were not finite. Raises ConfigError for a mistake of the user's, before
+    anything is compiled.
+    """
+    validate(config)
+    with Signals() as signals:
+        # The mesh and the data, and what of the configuration depends on them.
+        mesh = make_mesh(config)
+        is_writer = jax.process_index() == 0
+        prepared = prepare(config, show_progress=is_writer)
+        config = resolve(config, prepared.tokenizer.vocab_size, jax.default_backend())
+
+        with locked(workdir) if is_writer else contextlib.nullcontext():
+            open_run(workdir, config, prepared, is_writer)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("the run directory is written")
+
+            # Model and optimizer, and where each array of their state lives.
+            model = Transformer(config.model)
+            optimizer = make_optimizer(config, parameter_specs(model))
+            shardings = state_shardings(model, optimizer, mesh)
+
+            with jax.set_mesh(mesh), Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
+                # The latest checkpoint, whatever mesh it was saved from; without one, a state from the seed.
+                latest = checkpoints.latest_step()
+                if latest is None:
+                    state = create_state(config, model, optimizer, shardings)
+                else:
+                    state = restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
+
+                # Steps, and between them validations, samples and checkpoints.
+                with Report(config, workdir, latest or 0, is_writer) as report:
+                    loop = Loop(config, workdir, prepared, model, mesh, checkpoints, signals, report)
+                    return loop.train(state, make_train_step(config, model, optimizer, shardings), shardings)
+
+
+def restore(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:
+    """Returns the state of checkpoint `step`, laid out as `abstract` says."""
+    stored = checkpoints.restore(step, params=abstract.params, rest=_rest(abstract))
+    return TrainState(params=stored["params"], **stored["rest"])
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "nonfinite_steps": state.nonfinite_steps}
+
+
+class Loop:
+    """One run under way."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        prepared: Prepared,
+        model: Transformer,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        signals: Signals,
+        report: Report,
+    ):
+        self.config, self.workdir, self.prepared, self.model, self.mesh = config, workdir, prepared, model, mesh
+        self.checkpoints, self.signals, self.report = checkpoints, signals, report
+        self.evaluator = Evaluator(config, prepared, model, mesh)
+        self.vote = Vote(mesh)
+        self.num_traces = 0
+        # Model FLOPs, attention in full as is usual in published MFU, over the peak of the devices where it is known.
+        self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+        self.peak_flops = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
+
+    def train(self, state: TrainState, train_step: Any, shardings: TrainState) -> int:
+        """Runs the steps that are left and returns the exit status."""
+        last = self.config.train.num_steps
+        step = int(jax.device_get(state.step))
+        self.report.message(f"resuming after step {step} of {last}" if step else f"starting a run of {last} steps")
+        batches = self._batches(step)
+        if step < last:
+            first = next(batches)
+            compiled = self._compile(train_step, state, first, shardings)
+            batches = itertools.chain([first], batches)
+        status, pending = 0, None
+        self.signals.defer()
+        self._tick()
+
+        with jax.transfer_guard("disallow"):
+            while step < last and not status:
+                with self._profiled(step + 1), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                    state, metrics = compiled(state, next(batches))
+                    step += 1
+                    newest = (step, metrics, self.vote.cast(self.signals.received))
+                # The device is at work on this step while the host reads the metrics of the one before.
+                status = self._settle(pending)
+                pending = newest
+                due = step == last or status or self._is_due(step)
+                if due:
+                    status, pending = self._settle(pending) or status, None
+                    self._pause(step, state, status)
+
+        self.checkpoints.wait()
+        if not status:
+            self.report.message(
+                f"finished: {self.workdir} holds the run; the step was traced {self.num_traces} time(s)"
+            )
+        return status
+
+    def _compile(self, train_step: Any, state: TrainState, batch: dict[str, Any], shardings: TrainState) -> Any:
+        """Compiles the step ahead of time, once, and reports what it costs."""
+
+        def counted(state: TrainState, batch: Any) -> Any:
+            self.num_traces += 1
+            return train_step(state, batch)
+
+        layouts = (shardings, {name: batch_sharding(self.mesh) for name in batch})
+        jitted = jax.jit(
+            counted, in_shardings=layouts, out_shardings=(shardings, replicated(self.mesh)), donate_argnums=0
+        )
+        start = time.perf_counter()
+        compiled = jitted.lower(state, batch).compile()
+        seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        tokens = self.config.train.batch_size * self.config.data.sequence_length
+        self.report.message(
+            f"{num_parameters(self.model):,} parameters; mesh {_shape(self.mesh)}; compiled in {seconds:.1f} s; per "
+            f"device {arguments / 2**20:,.0f} MiB of arguments, {temporary / 2**20:,.0f} MiB of temporaries; "
+            f"{self.flops_per_token * tokens:.3g} FLOPs a step"
+        )
+        return compiled
+
+    def _batches(self, step: int) -> Iterator[dict[str, Any]]:
+        """Yields global batches from the one after `step` on, their transfer begun two steps ahead."""
+        size = self.config.train.batch_size
+        rows = local_rows(self.mesh, size)
+        ahead: deque[dict[str, Any]] = deque()
+        for local in train_batches(self.config, self.prepared, step, rows):
+            ahead.append(global_array(self.mesh, rows, size, local))
+            if len(ahead) > 2:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _is_due(self, step: int) -> bool:
+        intervals = (self.config.evaluation.every_steps, self.config.checkpoint.every_steps)
+        return any(every and step % every == 0 for every in intervals)
+
+    def _tick(self) -> float:
+        """Returns the seconds since the last call."""
+        now = time.perf_counter()
+        seconds, self._last_tick = now - getattr(self, "_last_tick", now), now
+        return seconds
+
+    def _settle(self, pending: Any) -> int:
+        """Waits for a dispatched step, writes its metrics, and returns the exit status that it calls for, 0 for none."""
+        if pending is None:
+            return 0
+        step, metrics, vote = pending
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        seconds = self._tick()
+        nonfinite = values.pop("nonfinite_steps")
+        rate = values["tokens"] / seconds
+        named = {"step": step, "split": "train", "loss": values.pop("loss"), **values}
+        record = named | {"step_seconds": seconds, "tokens_per_second": rate}
+        self.report.train(record, rate * self.flops_per_token / self.peak_flops if self.peak_flops else None)
+        if nonfinite:
+            self.report.message(f"step {step}: the gradient is not finite; skipped ({nonfinite} in a row)")
+        if nonfinite >= self.config.train.max_nonfinite_steps:
+            self.report.message(f"stopping: {nonfinite} steps in a row had a gradient that is not finite")
+            return 1
+        signal = int(jax.device_get(vote))
+        return 128 + signal if signal else 0
+
+    def _pause(self, step: int, state: TrainState, status: int) -> None:
+        """Validates, samples and saves what is due after `step`, in this order, so that a checkpoint has all before it."""
+        config, last = self.config, step == self.config.train.num_steps
+        loss = None
+        if last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
+            result = self.evaluator(state.params)
+            loss = result["loss"]
+            self.report.validation({"step": step, "split": "validation", **result})
+            self._sample(step, state)
+        self.report.sync()
+        if last or status or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            self.checkpoints.save(step, state.params, _rest(state), loss)
+        if status:
+            self.checkpoints.wait()
+            self.report.message(f"stopped by a signal after step {step}; saved, the same command goes on from here")
+        self._tick()
+
+    def _sample(self, step: int, state: TrainState) -> None:
+        prompt, tokenizer = self.config.evaluation.sample_prompt, self.prepared.tokenizer
+        length = self.config.evaluation.sample_tokens
+        room = max_new_tokens(self.model, len(tokenizer.encode(prompt)) + 1)
+        length = length if room is None else min(length, room)
+        if length > 0:
+            options = {"temperature": 0.8, "seed": self.config.seed}
+            [generation] = generate(self.model, state.params, tokenizer, [prompt], length, **options)
+            self.report.sample(step, prompt, generation.text)
+
+    @contextlib.contextmanager
+    def _profiled(self, step: int) -> Iterator[None]:
+        """Starts the trace before its first step and ends it after its last."""
+        profile = self.config.profile
+        if profile.num_steps and step == max(1, profile.start_step):
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        yield
+        if profile.num_steps and step == max(1, profile.start_step) + profile.num_steps - 1:
+            jax.profiler.stop_trace()
+
+
+def _shape(mesh: Mesh) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
