@@ -1,0 +1,1 @@
+"""Text -> tokens -> examples -> batches. Nothing here needs JAX; NumPy arrays come out."""

@@ -1,0 +1,134 @@
+"""Batches as a pure function of (seed, step): the same whatever the number of processes, and after any resume.
+
+Grain chooses: shuffling, repetition and mixture are random-access maps from the number of an example to its window.
+Grain imports JAX, so it is imported where it is used, after the allocator and the devices are set up.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from transformer.config import Config
+from transformer.data.prepare import Prepared, Source
+from transformer.data.shards import Window, pseudo_random
+
+Batch = dict[str, np.ndarray]
+"""`inputs`, `targets`, `positions`, `segment_ids` (int32) and `weights` (float32), each [rows, T].
+
+Windows as `Split.window` describes them; padding has segment 0 and weight 0.
+"""
+
+
+def train_batch(config: Config, prepared: Prepared, step: int, rows: Sequence[int] | None = None) -> Batch:
+    """Returns the given rows (all, if None) of the global batch of a step, counted from 0."""
+    data, size = config.data, config.train.batch_size
+    weights = data.weights or tuple(float(source.train.num_tokens) for source in prepared.sources)
+    choices = _choices(prepared.sources, weights, data.shuffle, config.seed)
+    windows = []
+    for row in range(size) if rows is None else rows:
+        source, number, epoch = choices[step * size + row]
+        seed = config.seed if data.shift_windows and epoch else None
+        windows.append(prepared.sources[source].train.window(number, seed, epoch))
+    return _batch(windows, data.sequence_length)
+
+
+def train_batches(config: Config, prepared: Prepared, start_step: int, rows: Sequence[int]) -> Iterator[Batch]:
+    """Yields the given rows of the batches of steps `start_step` to `train.num_steps` - 1, read ahead by threads."""
+    read = functools.partial(train_batch, config, prepared, rows=tuple(rows))
+    return _read_ahead(config, range(start_step, config.train.num_steps), read)
+
+
+def validation_batches(config: Config, prepared: Prepared, rows: Sequence[int]) -> Iterator[Batch]:
+    """Yields the given rows of the batches of the validation splits, source by source, in order, each window once.
+
+    The last batch is filled up with rows of padding. `evaluation.num_batches` ends it earlier.
+    """
+    read = functools.partial(_validation_batch, config, prepared, tuple(rows))
+    return _read_ahead(config, range(num_validation_batches(config, prepared)), read)
+
+
+def num_validation_batches(config: Config, prepared: Prepared) -> int:
+    """Returns how many batches `validation_batches` yields."""
+    windows = sum(source.validation.num_windows for source in prepared.sources)
+    return min(-(-windows // _validation_size(config)), config.evaluation.num_batches or windows)
+
+
+def _validation_size(config: Config) -> int:
+    return config.evaluation.batch_size or config.train.batch_size
+
+
+def _validation_batch(config: Config, prepared: Prepared, rows: Sequence[int], number: int) -> Batch:
+    splits = [source.validation for source in prepared.sources]
+    first = np.cumsum([0, *(split.num_windows for split in splits)])
+    windows: list[Window] = []
+    for row in rows:
+        window = number * _validation_size(config) + row
+        source = int(np.searchsorted(first, window, side="right")) - 1
+        windows.append(splits[source].window(window - int(first[source])) if source < len(splits) else {})
+    return _batch(windows, config.data.sequence_length)
+
+
+def _batch(windows: Sequence[Window], length: int) -> Batch:
+    """Stacks windows, each padded to `length` at its end."""
+    batch = {name: np.zeros((len(windows), length), np.int32) for name in ("inputs", "targets")}
+    batch |= {name: np.zeros((len(windows), length), np.int32) for name in ("positions", "segment_ids")}
+    batch |= {"weights": np.zeros((len(windows), length), np.float32)}
+    for row, window in enumerate(windows):
+        for name, values in window.items():
+            batch[name][row, : len(values)] = values
+    return batch
+
+
+def _read_ahead(config: Config, numbers: range, read: Callable[[int], Batch]) -> Iterator[Batch]:
+    import grain
+
+    options = grain.ReadOptions(min(config.data.prefetch_batches, 16), config.data.prefetch_batches)
+    wanted: Any = grain.MapDataset.range(numbers.start, numbers.stop)
+    return iter(wanted.map(read).to_iter_dataset(options)) if numbers else iter(())
+
+
+@functools.lru_cache(maxsize=8)
+def _choices(sources: tuple[Source, ...], weights: tuple[float, ...], shuffle: bool, seed: int) -> Any:
+    """Returns a Grain dataset that maps the number of an example to (source, window, epoch of that source)."""
+    import grain
+
+    parts: list[Any] = []
+    for number, source in enumerate(sources):
+        windows = source.train.num_windows
+        # Mapped before it is shuffled, so that the index still tells the epoch.
+        part: Any = grain.MapDataset.range(windows).map_with_index(functools.partial(_choice, number, windows))
+        if shuffle:
+            part = part.shuffle(seed=pseudo_random(2**32, seed, number, source.name))
+        parts.append(part.repeat())
+    mixture: Any = Mixture(weights)
+    return parts[0] if len(parts) == 1 else grain.MapDataset.select_from_datasets(parts, mixture)
+
+
+def _choice(source: int, windows: int, k: int, window: int) -> tuple[int, int, int]:
+    return source, int(window), k // windows
+
+
+class Mixture:
+    """Interleaves sources so that among the first k examples each has its share of k, to within a few examples.
+
+    Grain's own `mix` rounds weights down to multiples of a hundredth of the smallest.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self.shares = tuple(max(1, round(2**40 * weight / sum(weights))) for weight in weights)
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, k: int) -> tuple[int, int]:
+        """Returns the source of example k and how many of that source's examples come before."""
+        # Each source in turn takes its share, evenly spaced, of the places that those before it left.
+        left = sum(self.shares)
+        for source, share in enumerate(self.shares):
+            others, others_after = k * (left - share) // left, (k + 1) * (left - share) // left
+            if others == others_after:
+                return source, k - others
+            left, k = left - share, others
+        raise AssertionError("the last source takes every place that is left")

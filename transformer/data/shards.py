@@ -1,0 +1,147 @@
+"""Shards of tokens on disk, ArrayRecord files, and the windows that are read from them."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+Window = dict[str, np.ndarray]
+"""`inputs`, `targets`, `positions`, `segment_ids` (int32) and `weights` (float32), each [up to T]."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of consecutive documents, one after another: records of T tokens, and one that describes the others."""
+
+    file: str
+    num_documents: int
+    length: int
+    """Tokens, with the first and last of each document."""
+    num_bytes: int
+    """UTF-8 bytes of the text."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or validation part of a source."""
+
+    name: str
+    directory: Path
+    sequence_length: int
+    token_type: str
+    shards: tuple[Shard, ...]
+
+    @functools.cached_property
+    def first_windows(self) -> np.ndarray:
+        """Number of each shard's first window, and at the end of all: every token but a shard's last is an input once."""
+        windows = [-(-max(0, shard.length - 1) // self.sequence_length) for shard in self.shards]
+        return np.cumsum([0, *windows])
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.first_windows[-1])
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Targets that count: all tokens but the first of each document."""
+        return sum(shard.length - shard.num_documents for shard in self.shards)
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the split's text."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def window(self, number: int, seed: int | None = None, epoch: int = 0) -> Window:
+        """Returns a window; with a seed, the cuts of a shard lie elsewhere in every epoch.
+
+        The inputs of a shard, all its tokens but the last, form a ring that is cut at some token into windows of T, the
+        last one shorter: wherever the cut, the number of windows is the same and each target occurs once. Segments
+        count the documents of the window from 1, positions count from 0 in each; a weight is 0 where the target
+        belongs to another document than the input, otherwise 1.
+        """
+        length = self.sequence_length
+        index = int(np.searchsorted(self.first_windows, number, side="right")) - 1
+        shard, begin = self.shards[index], (number - int(self.first_windows[index])) * length
+        cut = 0 if seed is None else pseudo_random(length, seed, epoch, self.directory.name, shard.file)
+        ring = shard.length - 1
+        column = np.arange(min(length, ring - begin))
+        inputs = (cut + begin + column) % ring
+        records = np.unique(np.concatenate([inputs, inputs + 1]) // length)
+        tokens = np.zeros((len(records), length), np.int32)
+        is_start = np.zeros((len(records), length), bool)
+        found = _reader(str(self.directory / shard.file)).read(records.tolist())
+        for row, record in enumerate(found):
+            ids, starts = _read_record(record, self.token_type)
+            tokens[row, : len(ids)] = ids
+            is_start[row, starts] = True
+        here, following = (
+            np.searchsorted(records, place // length) * length + place % length for place in (inputs, inputs + 1)
+        )
+        begins = is_start.reshape(-1)[here]
+        begins[0] = True
+        return {
+            "inputs": tokens.reshape(-1)[here],
+            "targets": tokens.reshape(-1)[following],
+            "positions": column - np.maximum.accumulate(np.where(begins, column, 0)),
+            "segment_ids": np.cumsum(begins),
+            "weights": ~is_start.reshape(-1)[following],
+        }
+
+
+def pseudo_random(below: int, *parts: object) -> int:
+    """Returns a number in [0, below) that looks random but is a function of `parts`."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % below
+
+
+def token_type(vocab_size: int) -> str:
+    """Returns the NumPy type in which ids are stored."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def write_shard(
+    path: Path, documents: Sequence[np.ndarray], num_bytes: int, vocab_size: int, sequence_length: int
+) -> Shard:
+    """Writes the ids of documents whole or not at all: temporary name, fsync, rename."""
+    lengths = np.array([len(document) for document in documents], np.int64)
+    tokens = np.concatenate([np.zeros(0, np.int32), *documents]).astype(token_type(vocab_size))
+    starts = np.cumsum(lengths) - lengths
+    shard = Shard(path.name, len(documents), len(tokens), num_bytes)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+    for begin in range(0, len(tokens), sequence_length):
+        end = begin + sequence_length
+        here = starts[slice(*np.searchsorted(starts, (begin, end)))] - begin
+        header = np.array([len(here), *here], np.uint32)
+        writer.write(header.tobytes() + tokens[begin:end].tobytes())
+    writer.write(json.dumps(dataclasses.asdict(shard)).encode())
+    writer.close()
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return shard
+
+
+def describe_shard(path: Path) -> Shard:
+    """Returns what `write_shard` returned for the file."""
+    reader = array_record_module.ArrayRecordReader(str(path))
+    return Shard(**json.loads(reader.read([reader.num_records() - 1])[0]))
+
+
+@functools.lru_cache(maxsize=2048)
+def _reader(path: str) -> Any:
+    return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
+
+
+def _read_record(record: bytes, stored: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a record's tokens and the offsets at which documents begin in it, whose number comes first."""
+    (count,) = np.frombuffer(record, np.uint32, 1)
+    return np.frombuffer(record, stored, offset=4 + 4 * int(count)), np.frombuffer(record, np.uint32, count, offset=4)
