@@ -109,6 +109,7 @@ class SelfAttention(nnx.Module):
         if shared.rotary is not None:
             query, key = rotate(query, shared.rotary), rotate(key, shared.rotary)
         if cache is not None:
+            assert shared.index is not None
             start = (layer, 0, shared.index, 0, 0)
             cache = cache | {
                 "key": jax.lax.dynamic_update_slice(cache["key"], key[None], start),

@@ -178,9 +178,8 @@ class Transformer(nnx.Module):
         with jax.named_scope("logits"):
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
             logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-            if config.vocab_rows != config.vocab_size:
-                logits = jnp.where(jnp.arange(config.vocab_rows) < config.vocab_size, logits, MASKED_LOGIT)
-            return logits
+            padding = jnp.arange(config.vocab_rows) >= (config.vocab_size or 0)
+            return logits if config.vocab_rows == config.vocab_size else jnp.where(padding, MASKED_LOGIT, logits)
 
 
 def apply(

@@ -15,9 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import MESH_AXES, Config, mesh_axes, validate
 
-Rules = Mapping[str, tuple[str, ...]]
-
-RULES: Rules = {
+RULES: Mapping[str, tuple[str, ...]] = {
     # Activations.
     "batch": ("replica", "fsdp"),
     "length": (),
@@ -50,7 +48,10 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def partition_spec(
-    axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int], rules: Rules = RULES
+    axes: Sequence[str],
+    shape: Sequence[int],
+    sizes: Mapping[str, int],
+    rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> PartitionSpec:
     """Returns the layout of an array whose dimensions have the logical names `axes`.
 

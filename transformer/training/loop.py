@@ -151,7 +151,7 @@ class Loop:
         start = time.perf_counter()
         compiled = jitted.lower(state, batch).compile()
         seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
+        memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         tokens = self.config.train.batch_size * self.config.data.sequence_length
         self.report.message(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from transformer.config import Config
 from transformer.models.parameters import Tree, abstract_parameters, init_parameters, map_specs, parameter_specs
@@ -17,14 +16,17 @@ from transformer.parallel.sharding import replicated, sharding
 
 @dataclass(frozen=True)
 class TrainState:
-    """A pytree. Randomness is folded from the seed and `step`, so no generator state is kept."""
+    """A pytree of arrays; trees of the same form hold their shapes or layouts.
 
-    step: Int[Array, ""]
-    """Finished steps, skipped ones included."""
+    Randomness is folded from the seed and `step`, so no generator state is kept.
+    """
+
+    step: Any
+    """Finished steps, skipped ones included: an int32 scalar."""
     params: Tree
     opt_state: Any
-    nonfinite_steps: Int[Array, ""]
-    """Steps skipped in a row up to now, because their gradient was not finite."""
+    nonfinite_steps: Any
+    """Steps skipped in a row up to now because their gradient was not finite: an int32 scalar."""
 
 
 jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "nonfinite_steps"], [])
