@@ -24,14 +24,10 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "com
 jax.config.update("jax_compilation_cache_max_size", 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# Annotations are enforced everywhere but in `transformer.config`, whose business is values of the wrong type.
+# Annotations are enforced in every package. Configuration and command line are left out: their business is values of
+# the wrong type, which have to reach their own messages.
 jaxtyping.install_import_hook(
-    [
-        f"transformer.{path.stem}"
-        for path in PACKAGE.iterdir()
-        if path.stem not in ("__init__", "config", "__pycache__")
-    ],
-    "beartype.beartype",
+    [f"transformer.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")], "beartype.beartype"
 )
 
 
