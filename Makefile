@@ -25,7 +25,7 @@ help:
 
 install: $(INSTALLED)
 
-# The stamp is written last and taken away first: without it, what is in .venv is half made and goes.
+# Made from nothing each time, and the stamp last: a .venv that was half made or that pins have left behind goes.
 $(INSTALLED): pyproject.toml $(wildcard constraints/*.txt)
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') \
 	  || { echo 'No Python found. Install Python 3.11, 3.12 or 3.13, or name one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }; \
@@ -33,14 +33,14 @@ $(INSTALLED): pyproject.toml $(wildcard constraints/*.txt)
 	  3.11) pins=$(PINS_3.11) ;; 3.12) pins=$(PINS_3.12) ;; 3.13) pins=$(PINS_3.13) ;; \
 	  *) echo "$(PYTHON) is Python $$version; transformer needs 3.11, 3.12 or 3.13. Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1 ;; \
 	esac; \
-	if [ -e $@ ]; then rm $@; else rm -rf .venv; fi; \
+	rm -rf .venv; \
 	echo "Installing into .venv for Python $$version from $$pins (minutes, once)"; \
 	if command -v uv >/dev/null; then \
 	  export UV_PYTHON_DOWNLOADS=never; \
-	  [ -d .venv ] || uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
+	  uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
 	  uv pip install --quiet --python .venv --constraint $$pins --editable '.[$(EXTRAS)]'; \
 	else \
-	  [ -d .venv ] || $(PYTHON) -m venv .venv \
+	  $(PYTHON) -m venv .venv \
 	    || { echo 'Python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $$pins --editable '.[$(EXTRAS)]'; \
 	fi; \
