@@ -75,3 +75,16 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return turned.astype(x.dtype)
+
+
+@jax.custom_vjp
+def materialize(x: Array) -> Array:
+    """Returns `x`, and on CPU has it, and its gradient, written to memory once.
+
+    XLA's CPU backend otherwise repeats elementwise work such as GELU's tanh in every matrix product that reads
+    it, in one of them against the grain of memory. Other backends fuse such work into the products, and are left to.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+materialize.defvjp(lambda x: (materialize(x), None), lambda _, gradient: (materialize(gradient),))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from transformer.config import ModelConfig
 from transformer.models.attention import Cache, SelfAttention, Shared, attention_mask
-from transformer.models.layers import Linear, Norm, dropout, rotary_angles, sinusoidal_positions
+from transformer.models.layers import Linear, Norm, dropout, materialize, rotary_angles, sinusoidal_positions
 from transformer.models.parameters import Tree, bind, normal, parameter, parameter_specs, stack
 from transformer.parallel.sharding import constrain
 
@@ -49,12 +49,13 @@ class FeedForward(nnx.Module):
         self.down = Linear(config, (config.ff_width, config.width), ("mlp", "embed"), residual_scale)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = constrain(self.up(x), "batch", "length", "mlp")
+        hidden = materialize(constrain(self.up(x), "batch", "length", "mlp"))
         if self.gate is None:
             hidden = _ACTIVATIONS[self.config.activation](hidden)
         else:
-            hidden = hidden * _GATES[self.config.activation](constrain(self.gate(x), "batch", "length", "mlp"))
-        return self.down(hidden)
+            gate = materialize(constrain(self.gate(x), "batch", "length", "mlp"))
+            hidden = hidden * _GATES[self.config.activation](gate)
+        return self.down(materialize(hidden))
 
 
 class Block(nnx.Module):
