@@ -17,7 +17,7 @@ needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="
 
 
 def events(workdir: Path) -> list:
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto import event_pb2
     from tensorboardX.record_writer import masked_crc32c
 
     found = []
@@ -27,7 +27,7 @@ def events(workdir: Path) -> list:
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             assert struct.unpack("<I", data[12 + length : 16 + length]) == (masked_crc32c(data[12 : 12 + length]),)
-            found.append(Event.FromString(data[12 : 12 + length]))
+            found.append(event_pb2.Event.FromString(data[12 : 12 + length]))  # pyright: ignore[reportAttributeAccessIssue]
             data = data[16 + length :]
     return found
 
@@ -168,7 +168,7 @@ def test_wandb_without_an_account_is_a_config_error(tmp_path, monkeypatch):
     import wandb
 
     def refuse(**_):
-        raise wandb.errors.UsageError("No API key configured.")
+        raise wandb.Error("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match=r"tracking\.wandb.*No API key.*WANDB_MODE=offline"):

@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 def _last_kept(file: BinaryIO, resume_step: int) -> tuple[int, int, set[str]]:
     """Returns where the lines up to `resume_step` end, and the step and the splits of the last of them."""
-    kept, last_step, splits = 0, 0, set()
+    kept, last_step, splits = 0, 0, set[str]()
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         end = text.rfind(b"\n") + 1
         while end:
@@ -82,8 +82,8 @@ def _last_kept(file: BinaryIO, resume_step: int) -> tuple[int, int, set[str]]:
             except ValueError:  # torn, or zeros after a power failure: later than any checkpoint, so dropped
                 if kept:
                     raise
-                record = {"step": math.inf}
-            if record["step"] <= resume_step:
+                record = None
+            if record is not None and record["step"] <= resume_step:
                 if record["step"] < last_step:
                     break
                 kept, last_step = max(kept, end), record["step"]

@@ -14,7 +14,7 @@ from transformer.training.metrics import read_metrics
 MAX_POINTS = 4000
 """Training points drawn: the eye sees no more of them, however long the run."""
 
-TRAIN, VALIDATION, INK, GRID = "#2f6db3", "#c8452c", "#333333", "#e6e6e6"
+TRAIN, VALIDATION = "#2f6db3", "#c8452c"
 
 
 def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
@@ -42,33 +42,20 @@ def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
     axes.plot(steps, losses, color=TRAIN, alpha=0.4, linewidth=0.7, marker="." if len(steps) <= 50 else "")
     axes.plot(steps, smooth, color=TRAIN, linewidth=1.6, label=f"training, smoothed{_last(records, 'train', smooth)}")
     if len(validation_steps):
-        axes.plot(
-            validation_steps,
-            validation_losses,
-            color=VALIDATION,
-            linewidth=1.2,
-            marker="o" if len(validation_steps) <= 50 else "",
-            markersize=4,
-            label=f"validation{_last(records, 'validation', validation_losses)}",
-        )
+        marker = "o" if len(validation_steps) <= 50 else ""
+        label = f"validation{_last(records, 'validation', validation_losses)}"
+        axes.plot(validation_steps, validation_losses, color=VALIDATION, marker=marker, markersize=4, label=label)
     # Single spikes must not flatten the curve, but its first point is no spike.
     shown = np.concatenate([losses[:1], np.quantile(losses, [0, 0.995]) if len(losses) else losses, validation_losses])
     low, high = float(shown.min()), float(shown.max())
     margin = 0.05 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
-    axes.margins(x=0.02)
-
-    axes.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
-    axes.set_xlabel("optimizer step", color=INK)
-    axes.set_ylabel("cross-entropy (nats per token)", color=INK)
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)", ylim=(low - margin, high + margin))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.grid(color="#e6e6e6")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=9)
 
     png = io.BytesIO()
     FigureCanvasAgg(figure).print_png(png)

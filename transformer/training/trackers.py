@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from transformer.config import Config, ConfigError, write_atomically
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes records as they are written to `metrics.jsonl`, and generated samples."""
+    """Takes the records of `metrics.jsonl` and generated texts."""
 
     def log(self, record: Mapping[str, Any]) -> None: ...
     def text(self, step: int, text: str) -> None: ...
@@ -22,41 +23,34 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes TensorBoard events to DIR/tensorboard, without TensorFlow.
+    """Writes events to DIR/tensorboard, without TensorFlow and in the calling thread.
 
-    Written through `RecordWriter` because `SummaryWriter` hands events to a thread, which dies on a full disk and
-    leaves the training waiting for its queue for ever.
+    tensorboardX's own SummaryWriter has a thread, which dies on a full disk and leaves the run waiting for ever.
     """
 
     def __init__(self, config: Config, workdir: Path, resume_step: int):
-        try:
-            from tensorboardX import RecordWriter
-            from tensorboardX.proto import event_pb2
-        except ImportError as error:
-            raise _missing("tensorboard", "tensorboardX") from error
-        from tensorboardX.summary import text
-
-        self._event, self._text = event_pb2.Event, text
+        package = _package("tensorboard", "tensorboardX")
+        self._events, self._text = package.proto.event_pb2, package.summary.text
         directory = workdir / "tensorboard"
         directory.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a directory in the order of their names: the start of each run, zero-padded.
-        self._writer = RecordWriter(str(directory / f"events.out.tfevents.{time.time_ns():020d}"))
+        # TensorBoard reads the files of a directory in the order of their names.
+        self._writer = package.RecordWriter(str(directory / f"events.out.tfevents.{time.time_ns():020d}"))
         self._write(0, file_version="brain.Event:2")
-        # "Purge": tells TensorBoard to hide the events of this and later steps that stand in earlier files.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # Makes TensorBoard hide what earlier files hold of this step and later ones.
+        start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(resume_step + 1 if resume_step else 0, session_log=start)
         self._writer.flush()
 
     def _write(self, step: int, **content: Any) -> None:
-        self._writer.write(self._event(step=step, wall_time=time.time(), **content).SerializeToString())
+        self._writer.write(self._events.Event(step=step, wall_time=time.time(), **content).SerializeToString())
 
     def log(self, record: Mapping[str, Any]) -> None:
         values = [{"tag": name, "simple_value": value} for name, value in _numbers(record).items()]
         self._write(record["step"], summary={"value": values})
 
     def text(self, step: int, text: str) -> None:
-        # TensorBoard renders Markdown, in which an indented block is literal text.
-        lines = text.encode(errors="backslashreplace").decode().split("\n")
+        # TensorBoard renders Markdown, where an indented block is literal.
+        lines = _encodable(text).split("\n")
         self._write(step, summary=self._text("sample", "\n".join("    " + line for line in lines)))
 
     def sync(self) -> None:
@@ -68,52 +62,45 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to Weights & Biases; DIR/wandb_run_id makes a resumed run continue the same run there."""
+    """Logs to Weights & Biases; a resumed run goes on under the identity kept in DIR/wandb_run_id."""
 
     def __init__(self, config: Config, workdir: Path, resume_step: int):
+        self._package = _package("wandb", "wandb")
+        identity = workdir / "wandb_run_id"
+        if not identity.exists():
+            write_atomically(identity, secrets.token_hex(4))
         try:
-            import wandb
-        except ImportError as error:
-            raise _missing("wandb", "wandb") from error
-        self._wandb = wandb
-        id_file = workdir / "wandb_run_id"
-        if not id_file.exists():
-            write_atomically(id_file, secrets.token_hex(4))
-        try:
-            self._run = wandb.init(
+            self._run = self._package.init(
                 project=config.tracking.wandb_project,
-                id=id_file.read_text().strip(),
+                id=identity.read_text(),
                 name=workdir.resolve().name,
                 dir=workdir,
                 config=dataclasses.asdict(config),
                 resume="allow" if resume_step else None,
-                settings=wandb.Settings(console="off"),
+                settings=self._package.Settings(console="off"),
             )
-        except wandb.Error as error:
+        except self._package.Error as error:
             raise ConfigError(f"tracking.wandb = True: {error} (WANDB_MODE=offline needs no account)") from error
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step >= self._run.starting_step:  # steps done again after a crash, which the service already has
+            self._run.log(values, step=step)
 
     def log(self, record: Mapping[str, Any]) -> None:
         self._log(record["step"], _numbers(record))
 
     def text(self, step: int, text: str) -> None:
-        text = html.escape(text.encode(errors="backslashreplace").decode())
-        self._log(step, {"sample": self._wandb.Html(f"<pre>{text}</pre>", inject=False)})
-
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        if step >= self._run.starting_step:  # after a crash the service already has the same values of earlier steps
-            self._run.log(dict(values), step=step)
+        page = f"<pre>{html.escape(_encodable(text))}</pre>"
+        self._log(step, {"sample": self._package.Html(page, inject=False)})
 
     def sync(self) -> None:
-        """Nothing to do: a process of its own writes what it is given."""
+        """Nothing to do: a process of its own writes whatever it is given."""
 
     def close(self) -> None:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Config, Path, int], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-}
+TRACKERS: dict[str, Callable[[Config, Path, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 """Each tracker by the key of `tracking` that switches it on."""
 
 
@@ -147,13 +134,18 @@ def trackers(config: Config, workdir: Path, resume_step: int) -> Trackers:
     )
 
 
+def _package(key: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        hint = 'install the extra `tracking` (pip install "transformer[tracking]"), or set it to False'
+        raise ConfigError(f"tracking.{key} = True needs the package {name}: {hint}") from error
+
+
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {name: value for name, value in record.items() if name != "step" and not isinstance(value, str)}
-    return {f"{record['split']}/{name}": float(value) for name, value in numbers.items()}
+    names = [name for name, value in record.items() if name != "step" and not isinstance(value, str)]
+    return {f"{record['split']}/{name}": float(record[name]) for name in names}
 
 
-def _missing(key: str, package: str) -> ConfigError:
-    return ConfigError(
-        f"tracking.{key} = True needs the package {package}: install the extra `tracking` "
-        f'(pip install "transformer[tracking]"), or set tracking.{key} to False'
-    )
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
