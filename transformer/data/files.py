@@ -3,16 +3,15 @@
 import contextlib
 import fcntl
 import glob
-import gzip
 import hashlib
+import io
 import json
 import os
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from transformer.config import ConfigError, write_atomically
 
@@ -98,7 +97,6 @@ def read_documents(file: TextFile, text_field: str, errors: str) -> Iterator[str
     Raises ConfigError for what is not UTF-8 (with the byte offset, after decompression), broken files, missing fields.
     """
     import pyarrow
-    import zstandard
 
     try:
         if file.kind == ".parquet":
@@ -112,7 +110,9 @@ def read_documents(file: TextFile, text_field: str, errors: str) -> Iterator[str
                 hint = "split it, or make it a .jsonl file with a document a line"
                 raise ConfigError(f"{file.path} is one document of more than {LARGEST_DOCUMENT} bytes: {hint}")
             yield decode(data, errors, str(file.path))
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid) as error:
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
+            raise
         raise ConfigError(f"{file.path} is broken: {error}") from error
 
 
@@ -138,11 +138,11 @@ def text_of(record: Mapping[str, Any], text_field: str, errors: str, where: str)
     return decode(data, errors, where)
 
 
-def _open(file: TextFile) -> BinaryIO:
-    import zstandard
+def _open(file: TextFile) -> io.BufferedReader:
+    import pyarrow
 
-    opener = {".gz": gzip.open, ".zst": zstandard.open, "": open}[file.compression]
-    return cast(BinaryIO, opener(file.path, "rb"))
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.compression)
+    return io.BufferedReader(pyarrow.input_stream(str(file.path), compression))  # type: ignore[type-var]
 
 
 def _read_json_lines(file: TextFile, text_field: str, errors: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from transformer.config import Config, ConfigError
 from transformer.data import files
@@ -27,7 +27,7 @@ class Documents:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, number: int) -> str:
+    def __getitem__(self, number: SupportsIndex) -> str:
         record = self.records[int(number)]
         return files.text_of(record, self.text_field, self.errors, f"example {number} of {self.name}")
 
