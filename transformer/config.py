@@ -13,7 +13,7 @@ import os
 import tempfile
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -304,7 +304,7 @@ _POSITIVE = (
     "model.num_kv_heads model.head_width model.feedforward_width model.vocab_size model.num_positions "
     "model.norm_epsilon model.rotary_base model.initial_scale optimizer.learning_rate optimizer.epsilon "
     "train.num_steps train.batch_size train.num_microbatches train.max_nonfinite_steps train.log_every_steps "
-    "evaluation.batch_size parallel.replica parallel.tensor checkpoint.keep_latest"
+    "evaluation.batch_size checkpoint.keep_latest"
 ).split()
 _NOT_NEGATIVE = (
     "data.num_workers objective.z_loss optimizer.warmup_steps optimizer.warmup_tokens optimizer.weight_decay "
@@ -357,109 +357,85 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def problems_of(config: Config) -> list[str]:
     """Returns every mistake in `config` that can be seen without looking at data or devices."""
-    problems: list[str] = []
+    return [*_range_problems(config), *_data_problems(config.data), *_model_problems(config), *_run_problems(config)]
 
-    def need(condition: bool, problem: str) -> None:
-        if not condition:
-            problems.append(problem)
 
+def _range_problems(config: Config) -> Iterator[str]:
     for key in keys():
         value = get(config, key)
         if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{key} = {value}: must be a finite number")
-    for key in _POSITIVE:
-        value = get(config, key)
-        need(value is None or value > 0, f"{key} = {value}: must be greater than 0")
-    for key in _NOT_NEGATIVE:
-        value = get(config, key)
-        need(value >= 0, f"{key} = {value}: must not be negative")
-    for key in _SHARES:
-        value = get(config, key)
-        bound = value is None or (0 <= value <= 1 if key.startswith("optimizer.final") else 0 <= value < 1)
-        need(bound, f"{key} = {value}: must be a share, at least 0 and below 1")
+            yield f"{key} = {value}: must be a finite number"
+        elif value is None or isinstance(value, str | bool | tuple):
+            continue
+        elif key in _POSITIVE and value <= 0:
+            yield f"{key} = {value}: must be greater than 0"
+        elif key in _NOT_NEGATIVE and value < 0:
+            yield f"{key} = {value}: must not be negative"
+        elif key in _SHARES and not (0 <= value < 1 or (key == "optimizer.final_ratio" and value == 1)):
+            yield f"{key} = {value}: must be a share, at least 0 and below 1"
 
-    data, model, train, parallel = config.data, config.model, config.train, config.parallel
-    sources = data.path or data.source
-    need(bool(sources), "data.source is empty: name at least one source, or give data.path")
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    sources = ("python_stdlib", "local_text:PATH", "tfds:NAME", "hf:NAME")
+    kinds = [source.partition(":")[0] for source in sources]
+    if not (data.path or data.source):
+        yield "data.source is empty: name at least one source, or give data.path"
     for source in () if data.path else data.source:
         kind, _, name = source.partition(":")
-        kinds = ("python_stdlib", "local_text:PATH", "tfds:NAME", "hf:NAME")
-        known = bool(name) if kind in ("local_text", "tfds", "hf") else source == "python_stdlib"
-        need(
-            known,
-            f"data.source = {source!r}: must be one of {', '.join(kinds)}{nearest(kind, [k.partition(':')[0] for k in kinds])}",
-        )
-    if data.weights:
-        expected = 1 if data.path else len(data.source)
-        need(len(data.weights) == expected, f"data.weights has {len(data.weights)} numbers for {expected} sources")
-        need(all(w > 0 for w in data.weights), f"data.weights = {data.weights}: each must be greater than 0")
-    if data.tokenizer == "huggingface":
-        need(bool(data.tokenizer_path), "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json")
-    if data.tokenizer in ("bytes", "characters"):
-        need(not data.tokenizer_path, f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file")
+        if not (name if kind in kinds[1:] else source == "python_stdlib"):
+            yield f"data.source = {source!r}: must be one of {', '.join(sources)}{nearest(kind, kinds)}"
+    expected = 1 if data.path else len(data.source)
+    if data.weights and len(data.weights) != expected:
+        yield f"data.weights has {len(data.weights)} numbers for {expected} sources"
+    if any(weight <= 0 for weight in data.weights):
+        yield f"data.weights = {data.weights}: each must be greater than 0"
+    if data.tokenizer == "huggingface" and not data.tokenizer_path:
+        yield "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json"
+    if data.tokenizer in ("bytes", "characters") and data.tokenizer_path:
+        yield f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file"
 
+
+def _model_problems(config: Config) -> Iterator[str]:
+    model, heads = config.model, f"model.num_heads = {config.model.num_heads}"
     if model.num_heads > 0:
-        if model.head_width is None:
-            need(
-                model.width % model.num_heads == 0,
-                f"model.width = {model.width} is not divisible by model.num_heads = {model.num_heads}: change one, or set model.head_width",
-            )
-        if model.kv_heads > 0:
-            need(
-                model.num_heads % model.kv_heads == 0,
-                f"model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = {model.kv_heads}",
-            )
-        if model.positions == "rotary":
-            need(
-                model.head_dim % 2 == 0,
-                f"model.positions = 'rotary' needs an even head width, not {model.head_dim} (model.width / model.num_heads, or model.head_width)",
-            )
-    if model.positions == "sinusoidal":
-        need(model.width % 2 == 0, f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}")
-    if model.positions == "learned" and model.num_positions is not None:
-        need(
-            model.num_positions >= data.sequence_length,
-            f"data.sequence_length = {data.sequence_length} is longer than model.num_positions = {model.num_positions}",
-        )
+        if model.head_width is None and model.width % model.num_heads:
+            yield f"model.width = {model.width} is not divisible by {heads}: change one, or set model.head_width"
+        if model.kv_heads > 0 and model.num_heads % model.kv_heads:
+            yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
+        if model.positions == "rotary" and model.head_dim % 2:
+            odd = f"{model.head_dim} (model.head_width, or model.width / model.num_heads)"
+            yield f"model.positions = 'rotary' needs an even head width, not {odd}"
+    if model.positions == "sinusoidal" and model.width % 2:
+        yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
+    length, rows = config.data.sequence_length, model.num_positions
+    if model.positions == "learned" and rows is not None and rows < length:
+        yield f"data.sequence_length = {length} is longer than model.num_positions = {rows}"
 
-    need(
-        not (config.optimizer.warmup_steps and config.optimizer.warmup_tokens),
-        "optimizer.warmup_steps and optimizer.warmup_tokens are both set: give one",
-    )
-    warmup = warmup_steps(config)
-    need(
-        warmup <= train.num_steps or train.num_steps <= 0,
-        f"the warm-up of {warmup} steps is longer than train.num_steps = {train.num_steps}",
-    )
-    if config.optimizer.schedule == "wsd" and 0 <= config.optimizer.decay_share < 1:
-        decay = round(config.optimizer.decay_share * train.num_steps)
-        need(
-            warmup + decay <= train.num_steps,
-            f"warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in train.num_steps = {train.num_steps}",
-        )
-    if train.num_microbatches > 0:
-        need(
-            train.batch_size % train.num_microbatches == 0,
-            f"train.batch_size = {train.batch_size} is not divisible by train.num_microbatches = {train.num_microbatches}",
-        )
 
+def _run_problems(config: Config) -> Iterator[str]:
+    train, optimizer, parallel = config.train, config.optimizer, config.parallel
+    total, warmup = f"train.num_steps = {train.num_steps}", warmup_steps(config)
+    if optimizer.warmup_steps and optimizer.warmup_tokens:
+        yield "optimizer.warmup_steps and optimizer.warmup_tokens are both set: give one"
+    if 0 < train.num_steps < warmup:
+        yield f"the warm-up of {warmup} steps (optimizer.warmup_steps, optimizer.warmup_tokens) is longer than {total}"
+    decay = round(optimizer.decay_share * train.num_steps) if 0 <= optimizer.decay_share < 1 else 0
+    if optimizer.schedule == "wsd" and warmup + decay > train.num_steps:
+        yield f"warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
+    if train.num_microbatches > 0 and train.batch_size % train.num_microbatches:
+        parts = f"train.num_microbatches = {train.num_microbatches}"
+        yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"
     axes = {name: getattr(parallel, name) for name in _AXIS_KEYS}
-    need(list(axes.values()).count(-1) <= 1, f"parallel: at most one axis may be -1 ({axes})")
-    need(
-        parallel.fsdp == -1 or parallel.fsdp > 0,
-        f"parallel.fsdp = {parallel.fsdp}: must be greater than 0, or -1 for what is left",
-    )
+    if list(axes.values()).count(-1) > 1:
+        yield f"parallel: at most one axis may be -1 ({axes})"
+    if any(size == 0 or size < -1 for size in axes.values()):
+        yield f"parallel: every axis must be greater than 0, or -1 for what is left ({axes})"
     distributed = (bool(parallel.coordinator), parallel.num_processes > 0, parallel.process_id >= 0)
-    need(
-        all(distributed) or not any(distributed),
-        "parallel.coordinator, parallel.num_processes and parallel.process_id must be given together",
-    )
-    if all(distributed):
-        need(
-            parallel.process_id < parallel.num_processes,
-            f"parallel.process_id = {parallel.process_id}: must be below parallel.num_processes = {parallel.num_processes}",
-        )
-    return problems
+    if any(distributed) and not all(distributed):
+        yield "parallel.coordinator, parallel.num_processes and parallel.process_id must be given together"
+    elif all(distributed) and parallel.process_id >= parallel.num_processes:
+        count = f"parallel.num_processes = {parallel.num_processes}"
+        yield f"parallel.process_id = {parallel.process_id}: must be below {count}"
 
 
 def mesh_problems(config: Config, num_devices: int) -> list[str]:
@@ -473,18 +449,12 @@ def mesh_problems(config: Config, num_devices: int) -> list[str]:
         return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
     sizes = mesh_axes(config, num_devices)
     shards = sizes["replica"] * sizes["fsdp"]
-    problems = []
-    micro = config.train.batch_size // config.train.num_microbatches
-    if micro % shards:
-        problems.append(
-            f"train.batch_size / train.num_microbatches = {micro} is not divisible by the {shards} data-parallel devices (parallel.replica x parallel.fsdp)"
-        )
-    evaluation = config.evaluation.batch_size or config.train.batch_size
-    if evaluation % shards:
-        problems.append(
-            f"evaluation.batch_size = {evaluation} is not divisible by the {shards} data-parallel devices (parallel.replica x parallel.fsdp)"
-        )
-    return problems
+    batches = {
+        "train.batch_size / train.num_microbatches": config.train.batch_size // config.train.num_microbatches,
+        "evaluation.batch_size": config.evaluation.batch_size or config.train.batch_size,
+    }
+    devices = f"the {shards} data-parallel devices (parallel.replica x parallel.fsdp)"
+    return [f"{key} = {size} is not divisible by {devices}" for key, size in batches.items() if size % shards]
 
 
 def mesh_axes(config: Config, num_devices: int) -> dict[str, int]:
