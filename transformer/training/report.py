@@ -29,21 +29,24 @@ class Report:
     def __exit__(self, *error: Any) -> None:
         if self._writes:
             self._progress.__exit__(*error)
-            for sink in (self._metrics, self._samples, self._trackers):
+            for sink in (self._metrics, self._samples, *self._trackers):
                 sink.close()
 
     def train(self, record: dict[str, Any], mfu: float | None) -> None:
         """Takes the metrics of one step."""
         if self._writes:
-            self._metrics.write(record)
-            self._trackers.log(record)
+            self._record(record)
             self._progress.update(record if mfu is None else record | {"mfu": mfu})
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        for tracker in self._trackers:
+            tracker.log(record)
 
     def validation(self, record: dict[str, Any]) -> None:
         """Takes the result of a validation, and draws the loss so far."""
         if self._writes:
-            self._metrics.write(record)
-            self._trackers.log(record)
+            self._record(record)
             names = {"loss": "loss", "bits_per_byte": "bits a byte", "accuracy": "accuracy"}
             values = [f"{label} {record[name]:.4f}" for name, label in names.items() if name in record]
             self._progress.message(f"step {record['step']}: validation {', '.join(values)}")
@@ -54,7 +57,8 @@ class Report:
         """Takes a text that the model wrote."""
         if self._writes:
             self._samples.write({"step": step, "split": "sample", "prompt": prompt, "text": text})
-            self._trackers.text(step, prompt + text)
+            for tracker in self._trackers:
+                tracker.text(step, prompt + text)
             self._progress.message(f"step {step}: sample\n{prompt}{text}\n")
 
     def message(self, text: str) -> None:
@@ -64,5 +68,5 @@ class Report:
     def sync(self) -> None:
         """Returns when all lines are on disk: to be called before a checkpoint of the same step is written."""
         if self._writes:
-            for sink in (self._metrics, self._samples, self._trackers):
+            for sink in (self._metrics, self._samples, *self._trackers):
                 sink.sync()

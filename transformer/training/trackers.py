@@ -104,34 +104,9 @@ TRACKERS: dict[str, Callable[[Config, Path, int], Tracker]] = {"tensorboard": Te
 """Each tracker by the key of `tracking` that switches it on."""
 
 
-class Trackers:
-    """Several trackers as one."""
-
-    def __init__(self, members: list[Tracker]):
-        self.members = members
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        for tracker in self.members:
-            tracker.log(record)
-
-    def text(self, step: int, text: str) -> None:
-        for tracker in self.members:
-            tracker.text(step, text)
-
-    def sync(self) -> None:
-        for tracker in self.members:
-            tracker.sync()
-
-    def close(self) -> None:
-        for tracker in self.members:
-            tracker.close()
-
-
-def trackers(config: Config, workdir: Path, resume_step: int) -> Trackers:
+def trackers(config: Config, workdir: Path, resume_step: int) -> list[Tracker]:
     """Returns the trackers that `config` asks for; raises ConfigError where a package is missing."""
-    return Trackers(
-        [make(config, workdir, resume_step) for key, make in TRACKERS.items() if getattr(config.tracking, key)]
-    )
+    return [make(config, workdir, resume_step) for key, make in TRACKERS.items() if getattr(config.tracking, key)]
 
 
 def _package(key: str, name: str) -> Any:
