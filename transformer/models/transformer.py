@@ -137,11 +137,11 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config = self.config
-        # Gathering along a split width makes the compiler replicate the result; gather the table's width first.
+        # Gathering along a split width makes the compiler replicate the result; gather each table's width first.
         table = constrain(self.embedding[...].astype(config.compute_dtype), "vocab", "hidden")
         x = table[tokens]
         if self.positions is not None:
-            x = x + self.positions[...].astype(x.dtype)[positions]
+            x = x + constrain(self.positions[...].astype(x.dtype), "positions", "hidden")[positions]
         elif config.positions == "sinusoidal":
             x = x * math.sqrt(config.width) + sinusoidal_positions(positions, config.width).astype(x.dtype)
         return x
