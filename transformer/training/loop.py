@@ -112,19 +112,26 @@ class Loop:
             first = next(batches)
             compiled = self._compile(train_step, state, first, shardings)
             batches = itertools.chain([first], batches)
+        profile = self.config.profile
+        traced = range(max(profile.start_step, step + 1), max(profile.start_step, 1) + profile.num_steps)
         status, pending = 0, None
         self.signals.defer()
         self._tick()
 
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow"), contextlib.ExitStack() as trace:
             while step < last and not status:
-                with self._profiled(step + 1), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                if traced and step + 1 == traced.start:
+                    trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
+                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, metrics = compiled(state, next(batches))
                     step += 1
                     newest = (step, metrics, self.vote.cast(self.signals.received))
                 # The device is at work on this step while the host reads the metrics of the one before.
                 status = self._settle(pending)
                 pending = newest
+                if step + 1 == traced.stop:
+                    jax.block_until_ready(metrics)
+                    trace.close()
                 due = step == last or status or self._is_due(step)
                 if due:
                     status, pending = self._settle(pending) or status, None
@@ -214,7 +221,7 @@ class Loop:
         self.report.sync()
         if last or status or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             self.checkpoints.save(step, state.params, _rest(state), loss)
-        if status:
+        if status > 128:
             self.checkpoints.wait()
             self.report.message(f"stopped by a signal after step {step}; saved, the same command goes on from here")
         self._tick()
@@ -228,16 +235,6 @@ class Loop:
             options = {"temperature": 0.8, "seed": self.config.seed}
             [generation] = generate(self.model, state.params, tokenizer, [prompt], length, **options)
             self.report.sample(step, prompt, generation.text)
-
-    @contextlib.contextmanager
-    def _profiled(self, step: int) -> Iterator[None]:
-        """Starts the trace before its first step and ends it after its last."""
-        profile = self.config.profile
-        if profile.num_steps and step == max(1, profile.start_step):
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        yield
-        if profile.num_steps and step == max(1, profile.start_step) + profile.num_steps - 1:
-            jax.profiler.stop_trace()
 
 
 def _shape(mesh: Mesh) -> str:
