@@ -126,7 +126,7 @@ def test_every_missing_path_is_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as caught:
         find_files([str(tmp_path / "no.txt"), str(tmp_path / "*.no"), str(tmp_path / "empty")], "data.path")
-    missing, unmatched, empty = caught.value.problems
+    missing, unmatched, empty = list(caught.value.problems)
     assert missing == f"data.path = '{tmp_path}/no.txt': does not exist"
     assert unmatched == f"data.path = '{tmp_path}/*.no': matches no file"
     assert empty.startswith(f"data.path = '{tmp_path}/empty': is a directory without text files")

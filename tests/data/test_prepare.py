@@ -168,7 +168,7 @@ def test_splits_without_text_are_refused(make_config: MakeConfig) -> None:
         problem = rf"data\.validation_documents = {share}: {which} of the 8 documents .* data\.validation_tail = 0\.1"
         with pytest.raises(ConfigError, match=problem):
             prepare(make_config(list("abcdefgh"), validation_documents=share), False)
-    with pytest.raises(ConfigError, match=r"data\.validation_tail leaves no text in the train split of local_text"):
+    with pytest.raises(ConfigError, match=r"the train split of local_text has no text: change data\.validation_tail"):
         prepare(make_config(["a"]), False)
     with pytest.raises(ConfigError, match="the corpus is empty: no document of local_text has text"):
         prepare(make_config(["", ""]), False)

@@ -37,7 +37,7 @@ class LetterTexts(tfds.core.GeneratorBasedBuilder):
 
 
 def texts(corpus: Corpus) -> list[str]:
-    return [corpus.documents[i] for i in range(len(corpus.documents))]
+    return [corpus.documents[i] for i in range(len(corpus.documents.records))]
 
 
 def test_local_text_is_stored_once_until_a_file_changes(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -36,13 +36,12 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: object) -> dict[str, Any]:
         return {"train": self._generate_examples()}
 
-    def _documents(self) -> Iterator[str]:
-        for file in self.sources:
-            yield from files.read_documents(file, self.text_field, self.errors)
+    def _documents(self, file: files.TextFile) -> Iterator[str]:
+        return files.read_documents(file, self.text_field, self.errors)
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         number = -1
-        for number, text in enumerate(self._documents()):
+        for number, text in enumerate(text for file in self.sources for text in self._documents(file)):
             yield number, {"text": text}
         if number < 0:
             raise ConfigError(f"the corpus is empty: no document in {', '.join(str(f.path) for f in self.sources[:5])}")
@@ -53,10 +52,9 @@ class PythonStdlib(LocalText):
 
     name = "python_stdlib"
 
-    def _documents(self) -> Iterator[str]:
-        for file in self.sources:
-            with contextlib.suppress(ConfigError):
-                yield from files.read_documents(file, self.text_field, "strict")
+    def _documents(self, file: files.TextFile) -> Iterator[str]:
+        with contextlib.suppress(ConfigError):
+            yield from super()._documents(file)
 
 
 def build(builder: tfds.core.DatasetBuilder) -> Any:

@@ -27,6 +27,8 @@ LARGEST_DOCUMENT = 2**30
 LARGE_FILE = 2**26
 """Bytes from which on a file's hash is remembered by its size and modification time."""
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
 
 @dataclass(frozen=True)
 class TextFile:
@@ -36,13 +38,16 @@ class TextFile:
     path: Path
 
     @property
-    def compression(self) -> str:
-        return self.path.suffix.lower() if self.path.suffix.lower() in (".gz", ".zst") else ""
-
-    @property
     def kind(self) -> str:
         """Suffix that says how documents lie in the file, without that of the compression."""
-        return (self.path.with_suffix("") if self.compression else self.path).suffix.lower()
+        return (self.path.with_suffix("") if self.path.suffix in COMPRESSIONS else self.path).suffix.lower()
+
+    def open(self) -> io.BufferedReader:
+        """Opens the file for reading bytes, decompressed; one that was cut short raises OSError at its end."""
+        import pyarrow
+
+        stream: Any = pyarrow.input_stream(str(self.path), COMPRESSIONS.get(self.path.suffix))
+        return io.BufferedReader(stream)
 
 
 def find_files(patterns: Sequence[str], key: str) -> list[TextFile]:
@@ -75,8 +80,8 @@ def fingerprint(*parts: object) -> str:
 
 
 def fingerprint_files(files: Sequence[TextFile], cache_dir: Path) -> str:
-    """Returns a fingerprint of names, sizes and contents; where the files lie does not matter."""
-    return fingerprint([(file.name, file.path.stat().st_size, _hash(file.path, cache_dir)) for file in files])
+    """Returns a fingerprint of names and contents; where the files lie does not matter."""
+    return fingerprint([(file.name, _hash(file.path, cache_dir)) for file in files])
 
 
 def _hash(path: Path, cache_dir: Path) -> str:
@@ -84,8 +89,8 @@ def _hash(path: Path, cache_dir: Path) -> str:
     remembered = cache_dir / "hashes" / fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino)
     if status.st_size >= LARGE_FILE and remembered.exists():
         return remembered.read_text()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     if status.st_size >= LARGE_FILE:
         write_atomically(remembered, digest)
     return digest
@@ -98,18 +103,9 @@ def read_documents(file: TextFile, text_field: str, errors: str) -> Iterator[str
     """
     import pyarrow
 
+    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines}
     try:
-        if file.kind == ".parquet":
-            yield from _read_parquet(file, text_field)
-        elif file.kind == ".jsonl":
-            yield from _read_json_lines(file, text_field, errors)
-        else:
-            with _open(file) as stream:
-                data = stream.read(LARGEST_DOCUMENT + 1)
-            if len(data) > LARGEST_DOCUMENT:
-                hint = "split it, or make it a .jsonl file with a document a line"
-                raise ConfigError(f"{file.path} is one document of more than {LARGEST_DOCUMENT} bytes: {hint}")
-            yield decode(data, errors, str(file.path))
+        yield from readers.get(file.kind, _read_whole)(file, text_field, errors)
     except (OSError, pyarrow.ArrowInvalid) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
             raise
@@ -138,16 +134,18 @@ def text_of(record: Mapping[str, Any], text_field: str, errors: str, where: str)
     return decode(data, errors, where)
 
 
-def _open(file: TextFile) -> io.BufferedReader:
-    import pyarrow
-
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.compression)
-    return io.BufferedReader(pyarrow.input_stream(str(file.path), compression))  # type: ignore[type-var]
+def _read_whole(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
+    with file.open() as stream:
+        data = stream.read(LARGEST_DOCUMENT + 1)
+    if len(data) > LARGEST_DOCUMENT:
+        hint = "split it, or make it a .jsonl file with a document a line"
+        raise ConfigError(f"{file.path} is one document of more than {LARGEST_DOCUMENT} bytes: {hint}")
+    yield decode(data, errors, str(file.path))
 
 
 def _read_json_lines(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
     offset = 0
-    with _open(file) as stream:
+    with file.open() as stream:
         for number, line in enumerate(stream, start=1):
             where = f"{file.path}, line {number},"
             text = decode(line, errors, str(file.path), offset)
@@ -161,14 +159,14 @@ def _read_json_lines(file: TextFile, text_field: str, errors: str) -> Iterator[s
             yield text_of(record, text_field, errors, where)
 
 
-def _read_parquet(file: TextFile, text_field: str) -> Iterator[str]:
+def _read_parquet(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path) as table:
         columns = [text_field] if text_field in table.schema_arrow.names else None
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
-                yield text_of(record, text_field, "strict", str(file.path))
+                yield text_of(record, text_field, errors, str(file.path))
 
 
 @contextlib.contextmanager

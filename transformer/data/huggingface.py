@@ -15,8 +15,7 @@ def load(name: str, cache_dir: Path) -> tuple[str, Any]:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        hint = "pip install 'transformer[hf]'"
-        raise ConfigError(f"data.source = 'hf:{name}' needs the package datasets: {hint}") from error
+        raise ConfigError(f"data.source = 'hf:{name}' needs the extra hf: pip install 'transformer[hf]'") from error
     folder = Path(name).expanduser()
     path, _, config = (str(folder), "", "") if folder.exists() else name.partition(":")
     try:

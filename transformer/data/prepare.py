@@ -33,7 +33,10 @@ SHARD_BYTES, MAX_SHARDS = 2**20, 512
 TOKENIZER_SAMPLE_BYTES = 10_000_000
 """Text that a tokenizer is trained on, over all sources."""
 
+SPLITS = ("train", "validation")
 Part = Literal["whole", "head", "tail"]
+Division = dict[str, tuple[Part, np.ndarray]]
+"""For each split, which part of its documents it takes, and a table of number, bytes and hash of each [3, documents]."""
 
 
 @dataclass(frozen=True)
@@ -79,32 +82,21 @@ def split_texts(config: Config, name: Literal["train", "validation"]) -> Iterato
     """Yields the texts of a split, source by source, in order: what a model is trained or measured on."""
     with Workers(config.data.num_workers, False) as workers:
         for corpus in sources.open_sources(config):
-            part, numbers, *_ = _survey(config, corpus, workers).split(name)
-            for number in numbers:
-                if text := _cut(corpus.documents[number], part, config):
-                    yield text
+            part, (numbers, *_) = _divide(config, corpus, workers)[name]
+            yield from _texts(config, corpus.documents, part, numbers)
 
 
-# Documents: which belong to which split.
+def _texts(config: Config, documents: Documents, part: Part, numbers: np.ndarray) -> Iterator[str]:
+    tail = 0.1 if config.data.validation_tail is None else config.data.validation_tail
+    for number in numbers:
+        text = documents[number]
+        end = int(len(text) * (1 - tail))
+        if text := text if part == "whole" else text[:end] if part == "head" else text[end:]:
+            yield text
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """The documents that have text: number, bytes and hash of each [documents], and whether it is held out."""
-
-    table: np.ndarray
-    held_out: np.ndarray | None
-    """None: the last part of every document is held out."""
-
-    def split(self, name: str) -> tuple[Part, np.ndarray, np.ndarray, np.ndarray]:
-        """Returns which part of its documents a split takes, and their numbers, bytes and hashes."""
-        if self.held_out is None:
-            return "head" if name == "train" else "tail", *self.table
-        return "whole", *self.table[:, self.held_out == (name == "validation")]
-
-
-def _survey(config: Config, corpus: Corpus, workers: Workers) -> _Survey:
-    """Reads every document once (the result is kept) and divides them by the hash of their text.
+def _divide(config: Config, corpus: Corpus, workers: Workers) -> Division:
+    """Reads every document once (the result is kept) and divides those with text by its hash.
 
     A document's side depends on nothing but its own text, so adding documents moves none.
     """
@@ -112,10 +104,10 @@ def _survey(config: Config, corpus: Corpus, workers: Workers) -> _Survey:
     path = sources.cache_dir(config) / "documents" / files.fingerprint(FORMAT, corpus.fingerprint) / "table.npy"
     with files.locked(path.parent):
         if not path.exists():
-            total = len(corpus.documents)
+            total = len(corpus.documents.records)
             step = max(64, -(-total // 1000))
-            tasks = [(corpus.documents, range(i, min(i + step, total))) for i in range(0, total, step)]
-            found = workers.map(_measure, tasks, f"reading {corpus.name}")
+            tasks = [range(i, min(i + step, total)) for i in range(0, total, step)]
+            found = workers.map(functools.partial(_measure, corpus.documents), tasks, f"reading {corpus.name}")
             content = io.BytesIO()
             np.save(content, np.concatenate([np.zeros((3, 0), np.uint64), *found], axis=1))
             write_atomically(path, content.getvalue())
@@ -124,7 +116,7 @@ def _survey(config: Config, corpus: Corpus, workers: Workers) -> _Survey:
     if not table.size:
         raise ConfigError(f"the corpus is empty: no document of {corpus.name} has text")
     if data.validation_tail is not None or table.shape[1] == 1:
-        return _Survey(table, None)
+        return {"train": ("head", table), "validation": ("tail", table)}
     held_out = table[2] / 2.0**64 < data.validation_documents
     if held_out.all() or not held_out.any():
         raise ConfigError(
@@ -132,11 +124,10 @@ def _survey(config: Config, corpus: Corpus, workers: Workers) -> _Survey:
             f"{held_out.size} documents of {corpus.name} fall into the validation split; change it, or set "
             "data.validation_tail = 0.1 to hold out the last part of each document"
         )
-    return _Survey(table, held_out)
+    return {"train": ("whole", table[:, ~held_out]), "validation": ("whole", table[:, held_out])}
 
 
-def _measure(task: tuple[Documents, range]) -> np.ndarray:
-    documents, numbers = task
+def _measure(documents: Documents, numbers: range) -> np.ndarray:
     table = np.empty((3, len(numbers)), np.uint64)
     for column, number in enumerate(numbers):
         data = documents[number].encode()
@@ -145,19 +136,11 @@ def _measure(task: tuple[Documents, range]) -> np.ndarray:
     return table
 
 
-def _cut(text: str, part: Part, config: Config) -> str:
-    if part == "whole":
-        return text
-    tail = config.data.validation_tail
-    end = int(len(text) * (1 - (0.1 if tail is None else tail)))
-    return text[:end] if part == "head" else text[end:]
-
-
-def _groups(numbers: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+def _groups(table: np.ndarray) -> list[np.ndarray]:
     """Cuts a list of documents into runs of about equal size, which only the documents determine."""
-    before = np.cumsum(sizes) - sizes
+    numbers, sizes, _ = table.astype(np.int64)
     limit = max(SHARD_BYTES, -(-int(sizes.sum()) // MAX_SHARDS))
-    return np.split(numbers, np.flatnonzero(np.diff(before // np.uint64(limit))) + 1)
+    return np.split(numbers, np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // limit)) + 1)
 
 
 # Tokenizer.
@@ -183,46 +166,36 @@ def _new_tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) 
     kind, size = config.data.tokenizer, config.data.tokenizer_vocab_size
     if kind == "bytes":
         return tokenizers.ByteTokenizer()
-    surveys = [_survey(config, corpus, workers) for corpus in corpora]
+    divisions = [_divide(config, corpus, workers) for corpus in corpora]
     if kind == "characters":
-        pairs = zip(corpora, surveys, strict=True)
-        tasks = [(corpus.documents, group) for corpus, survey in pairs for group in _groups(*survey.table[:2])]
-        return tokenizers.CharacterTokenizer("".join(workers.map(_alphabet, tasks, "collecting characters")))
+        alphabets = []
+        for corpus, division in zip(corpora, divisions, strict=True):
+            groups = [group for name in SPLITS for group in _groups(division[name][1])]
+            found = functools.partial(_alphabet, corpus.documents)
+            alphabets += workers.map(found, groups, f"collecting the characters of {corpus.name}")
+        return tokenizers.CharacterTokenizer("".join(alphabets))
     assert kind != "huggingface", "validated: it comes from a file"
     workers.say(f"training a tokenizer: {kind}, {size} tokens")
-    return tokenizers.train_sentencepiece(_sample(config, corpora, surveys), kind, size)
+    return tokenizers.train_sentencepiece(_sample(config, corpora, [d["train"] for d in divisions]), kind, size)
 
 
-def _alphabet(task: tuple[Documents, np.ndarray]) -> str:
-    documents, numbers = task
+def _alphabet(documents: Documents, numbers: np.ndarray) -> str:
     return "".join(sorted(set().union(*(documents[number] for number in numbers))))
 
 
-def _sample(config: Config, corpora: Sequence[Corpus], surveys: Sequence[_Survey]) -> Iterator[str]:
+def _sample(config: Config, corpora: Sequence[Corpus], parts: Sequence[tuple[Part, np.ndarray]]) -> Iterator[str]:
     """Yields training documents, in the order of their hashes, up to TOKENIZER_SAMPLE_BYTES; sources in proportion."""
-    total = sum(int(survey.table[1].sum()) for survey in surveys)
-    for corpus, survey in zip(corpora, surveys, strict=True):
-        part, numbers, _, hashes = survey.split("train")
-        left = int(survey.table[1].sum()) * TOKENIZER_SAMPLE_BYTES // max(total, TOKENIZER_SAMPLE_BYTES)
-        for number in numbers[np.argsort(hashes, kind="stable")]:
+    sizes = [int(table[1].sum()) for _, table in parts]
+    for corpus, (part, table), size in zip(corpora, parts, sizes, strict=True):
+        left = size * TOKENIZER_SAMPLE_BYTES // max(sum(sizes), TOKENIZER_SAMPLE_BYTES)
+        for text in _texts(config, corpus.documents, part, table[0][np.argsort(table[2], kind="stable")]):
+            yield text[:left]
+            left -= len(text.encode())
             if left <= 0:
                 break
-            text = _cut(corpus.documents[number], part, config)[:left]
-            left -= len(text.encode())
-            yield text
 
 
 # Shards.
-
-
-@dataclass(frozen=True)
-class _ShardTask:
-    path: Path
-    config: Config
-    documents: Documents
-    numbers: np.ndarray
-    part: Part
-    tokenizer: Path
 
 
 def _write_shards(
@@ -231,50 +204,44 @@ def _write_shards(
     """Writes the shards that are missing and then the index; the caller holds the lock of `directory`."""
     for killed in directory.glob(".*.partial"):
         killed.unlink()
-    survey = _survey(config, corpus, workers)
     tasks = []
-    for name in ("train", "validation"):
-        part, numbers, sizes, _ = survey.split(name)
-        for i, group in enumerate(_groups(numbers, sizes)):
-            path = directory / f"{name}-{i:05d}.array_record"
-            tasks.append(_ShardTask(path, config, corpus.documents, group, part, saved))
-    written = workers.map(_write_shard, tasks, f"tokenising {corpus.name}")
-    splits = {name: [shard for shard in written if shard.file.startswith(name)] for name in ("train", "validation")}
-    for name, parts in splits.items():
-        if not sum(shard.length - shard.num_documents for shard in parts):
-            tail = "data.validation_tail leaves no text in" if survey.held_out is None else "no token in"
-            raise ConfigError(f"{tail} the {name} split of {corpus.name}")
-    index = {"name": corpus.name, "sequence_length": config.data.sequence_length}
+    for name, (part, table) in _divide(config, corpus, workers).items():
+        groups = enumerate(_groups(table))
+        tasks += [(directory / f"{name}-{i:05d}.array_record", part, numbers) for i, numbers in groups]
+    write = functools.partial(_write_shard, config, corpus.documents, saved)
+    written = workers.map(write, tasks, f"tokenising {corpus.name}")
+    index: dict[str, object] = {"name": corpus.name, "sequence_length": config.data.sequence_length}
     index["token_type"] = shards.token_type(tokenizer.vocab_size)
-    index |= {name: [dataclasses.asdict(shard) for shard in parts] for name, parts in splits.items()}
+    for name in SPLITS:
+        own = [shard for shard in written if shard.file.startswith(name)]
+        if not sum(shard.length - shard.num_documents for shard in own):
+            raise ConfigError(f"the {name} split of {corpus.name} has no text: change data.validation_tail")
+        index[name] = [dataclasses.asdict(shard) for shard in own]
     write_atomically(directory / "index.json", json.dumps(index, indent=1) + "\n")
 
 
 def _read_index(directory: Path) -> Source:
     index = json.loads((directory / "index.json").read_text())
-
-    def split(name: str) -> Split:
-        parts = tuple(Shard(**shard) for shard in index[name])
-        return Split(name, directory, index["sequence_length"], index["token_type"], parts)
-
-    return Source(index["name"], split("train"), split("validation"))
+    parts = {name: tuple(Shard(**shard) for shard in index[name]) for name in SPLITS}
+    kind = (directory, index["sequence_length"], index["token_type"])
+    return Source(index["name"], *(Split(name, *kind, parts[name]) for name in SPLITS))
 
 
 _load_once = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)
 
 
-def _write_shard(task: _ShardTask) -> Shard:
+def _write_shard(config: Config, documents: Documents, saved: Path, task: tuple[Path, Part, np.ndarray]) -> Shard:
     """Tokenises the documents of a shard, each as `bos` ids `eos`, unless that was done before.
 
     The first part of a document has no `eos`, for the document does not end there.
     """
-    if task.path.exists():
-        return shards.describe_shard(task.path)
-    tokenizer = _load_once(task.tokenizer)
-    ends = np.array([tokenizer.bos, tokenizer.eos], np.int32)
-    documents, num_bytes = [], 0
-    for number in task.numbers:
-        if text := _cut(task.documents[number], task.part, task.config):
-            documents.append(np.concatenate([ends[:1], tokenizer.encode(text), ends[1 + (task.part == "head") :]]))
-            num_bytes += len(text.encode())
-    return shards.write_shard(task.path, documents, num_bytes, tokenizer.vocab_size, task.config.data.sequence_length)
+    path, part, numbers = task
+    if path.exists():
+        return shards.describe_shard(path)
+    tokenizer = _load_once(saved)
+    begin, end = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
+    ids, num_bytes = [], 0
+    for text in _texts(config, documents, part, numbers):
+        ids.append(np.concatenate([begin, tokenizer.encode(text), end[: part != "head"]]))
+        num_bytes += len(text.encode())
+    return shards.write_shard(path, ids, num_bytes, tokenizer.vocab_size, config.data.sequence_length)

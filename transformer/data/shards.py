@@ -14,7 +14,7 @@ import numpy as np
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
 Window = dict[str, np.ndarray]
-"""`inputs`, `targets`, `positions`, `segment_ids` (int32) and `weights` (float32), each [up to T]."""
+"""`inputs`, `targets`, `positions`, `segment_ids` and `weights`, each [up to T]."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Split:
     @functools.cached_property
     def first_windows(self) -> np.ndarray:
         """Number of each shard's first window, and at the end of all: every token but a shard's last is an input once."""
-        windows = [-(-max(0, shard.length - 1) // self.sequence_length) for shard in self.shards]
-        return np.cumsum([0, *windows])
+        return np.cumsum([0, *(-(-max(0, shard.length - 1) // self.sequence_length) for shard in self.shards)])
 
     @property
     def num_windows(self) -> int:
@@ -77,11 +76,12 @@ class Split:
         records = np.unique(np.concatenate([inputs, inputs + 1]) // length)
         tokens = np.zeros((len(records), length), np.int32)
         is_start = np.zeros((len(records), length), bool)
-        found = _reader(str(self.directory / shard.file)).read(records.tolist())
-        for row, record in enumerate(found):
-            ids, starts = _read_record(record, self.token_type)
+        for row, record in enumerate(_reader(str(self.directory / shard.file)).read(records.tolist())):
+            # The number of documents that begin in the record, where they do, and the tokens.
+            (count,) = np.frombuffer(record, np.uint32, 1)
+            ids = np.frombuffer(record, self.token_type, offset=4 + 4 * int(count))
             tokens[row, : len(ids)] = ids
-            is_start[row, starts] = True
+            is_start[row, np.frombuffer(record, np.uint32, count, offset=4)] = True
         here, following = (
             np.searchsorted(records, place // length) * length + place % length for place in (inputs, inputs + 1)
         )
@@ -98,8 +98,7 @@ class Split:
 
 def pseudo_random(below: int, *parts: object) -> int:
     """Returns a number in [0, below) that looks random but is a function of `parts`."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % below
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") % below
 
 
 def token_type(vocab_size: int) -> str:
@@ -107,21 +106,17 @@ def token_type(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def write_shard(
-    path: Path, documents: Sequence[np.ndarray], num_bytes: int, vocab_size: int, sequence_length: int
-) -> Shard:
-    """Writes the ids of documents whole or not at all: temporary name, fsync, rename."""
-    lengths = np.array([len(document) for document in documents], np.int64)
+def write_shard(path: Path, documents: Sequence[np.ndarray], num_bytes: int, vocab_size: int, length: int) -> Shard:
+    """Writes the ids of documents, in records of `length`, whole or not at all: temporary name, fsync, rename."""
+    sizes = np.array([len(document) for document in documents], np.int64)
     tokens = np.concatenate([np.zeros(0, np.int32), *documents]).astype(token_type(vocab_size))
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(sizes) - sizes
     shard = Shard(path.name, len(documents), len(tokens), num_bytes)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-    for begin in range(0, len(tokens), sequence_length):
-        end = begin + sequence_length
-        here = starts[slice(*np.searchsorted(starts, (begin, end)))] - begin
-        header = np.array([len(here), *here], np.uint32)
-        writer.write(header.tobytes() + tokens[begin:end].tobytes())
+    for begin in range(0, len(tokens), length):
+        here = starts[slice(*np.searchsorted(starts, (begin, begin + length)))] - begin
+        writer.write(np.array([len(here), *here], np.uint32).tobytes() + tokens[begin : begin + length].tobytes())
     writer.write(json.dumps(dataclasses.asdict(shard)).encode())
     writer.close()
     with open(partial, "rb") as file:
@@ -139,9 +134,3 @@ def describe_shard(path: Path) -> Shard:
 @functools.lru_cache(maxsize=2048)
 def _reader(path: str) -> Any:
     return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")
-
-
-def _read_record(record: bytes, stored: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a record's tokens and the offsets at which documents begin in it, whose number comes first."""
-    (count,) = np.frombuffer(record, np.uint32, 1)
-    return np.frombuffer(record, stored, offset=4 + 4 * int(count)), np.frombuffer(record, np.uint32, count, offset=4)

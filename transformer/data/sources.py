@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from transformer.config import Config, ConfigError
+from transformer.config import Config
 from transformer.data import files
 
 STDLIB_EXCLUDES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -23,9 +23,6 @@ class Documents:
     name: str
     text_field: str
     errors: str
-
-    def __len__(self) -> int:
-        return len(self.records)
 
     def __getitem__(self, number: SupportsIndex) -> str:
         record = self.records[int(number)]
@@ -75,10 +72,8 @@ def _open(config: Config, kind: str, name: str) -> Corpus:
         state, records = huggingface.load(name, cache)
         return Corpus(f"hf:{name}", files.fingerprint(kind, state), lambda: records, data.text_field, data.errors)
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in sorted(root.rglob("*.py")) if not STDLIB_EXCLUDES & set(path.relative_to(root).parts)]
-    if not paths:
-        raise ConfigError(f"data.source = 'python_stdlib': {root} has no .py files; give data.path instead")
-    return _local(config, kind, [files.TextFile(str(path.relative_to(root)), path) for path in paths])
+    found = [files.TextFile(str(path.relative_to(root)), path) for path in sorted(root.rglob("*.py"))]
+    return _local(config, kind, [file for file in found if not STDLIB_EXCLUDES & set(Path(file.name).parts)])
 
 
 def _local(config: Config, kind: str, found: Sequence[files.TextFile]) -> Corpus:

@@ -17,11 +17,15 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 NUM_SPECIAL = 4
 
+Ids = Sequence[int] | np.ndarray
+
 _CONFIG_FILE = "tokenizer_config.json"
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _ENCODE_CHARACTERS = 2**20  # SentencePiece's memory grows by about a hundred bytes for each byte of one call
-_HUGGING_FACE_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>")
-_HUGGING_FACE_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[SEP]")
+_HUGGING_FACE_ENDS = {
+    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
+    "end": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[SEP]"),
+}
 
 
 @runtime_checkable
@@ -31,15 +35,16 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Number of ids, special tokens included."""
     bos: int
-    """Id put before each document."""
     eos: int
-    """Id put after each document."""
+    """Ids put before and after each document."""
+    fingerprint: str
+    """Hash of all that decides the ids."""
 
     def encode(self, text: str) -> np.ndarray:
         """Returns int32 ids [tokens], without `bos` and `eos`."""
         ...
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Ids) -> str:
         """Returns the text of `ids`; special tokens have none, bytes that are not UTF-8 become U+FFFD."""
         ...
 
@@ -47,27 +52,21 @@ class Tokenizer(Protocol):
         """Writes what `load_tokenizer` reads; the file that makes it complete comes last."""
         ...
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all that decides the ids."""
-        ...
-
 
 class ByteTokenizer:
     """UTF-8 bytes: id = byte + 4."""
 
-    vocab_size, bos, eos = NUM_SPECIAL + 256, BOS, EOS
-    fingerprint = "bytes"
+    vocab_size, bos, eos, fingerprint = NUM_SPECIAL + 256, BOS, EOS, "bytes"
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + NUM_SPECIAL
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        found = np.asarray(ids, np.int64).reshape(-1) - NUM_SPECIAL
-        return found[(found >= 0) & (found < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+    def decode(self, ids: Ids) -> str:
+        found = _between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
+        return found.astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, directory: Path) -> None:
-        _save(directory, {"kind": "bytes"})
+        _save(directory, kind="bytes")
 
 
 class CharacterTokenizer:
@@ -75,7 +74,7 @@ class CharacterTokenizer:
 
     bos, eos = BOS, EOS
 
-    def __init__(self, characters: Iterable[str]):
+    def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         self.vocab_size = NUM_SPECIAL + len(self.characters)
         self.fingerprint = _hash("characters", self.characters.encode())
@@ -86,13 +85,12 @@ class CharacterTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return self._ids[_code_points(text)]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        found = np.asarray(ids, np.int64).reshape(-1) - NUM_SPECIAL
-        found = found[(found >= 0) & (found < len(self.characters))]
+    def decode(self, ids: Ids) -> str:
+        found = _between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
         return self._code_points[found].tobytes().decode("utf-32-le")
 
     def save(self, directory: Path) -> None:
-        _save(directory, {"kind": "characters", "characters": self.characters})
+        _save(directory, kind="characters", characters=self.characters)
 
 
 class SentencePieceTokenizer:
@@ -101,7 +99,7 @@ class SentencePieceTokenizer:
     def __init__(self, model: bytes, where: str = "tokenizer.model"):
         import sentencepiece
 
-        self._model = model
+        self._model, self.fingerprint = model, _hash("sentencepiece", model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
@@ -111,31 +109,28 @@ class SentencePieceTokenizer:
         if not ends:
             raise ConfigError(f"data.tokenizer_path = {where!r} has neither a token for the begin nor for the end")
         self.bos, self.eos = ends[0], ends[-1]
-        self.fingerprint = _hash("sentencepiece", model)
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_bytes = [] if self._processor.unk_id() in pieces else pieces
         self._is_text = np.array([not self._processor.is_control(i) for i in range(self.vocab_size)])
 
     def encode(self, text: str) -> np.ndarray:
-        parts = [text[i : i + _ENCODE_CHARACTERS] for i in range(0, len(text), _ENCODE_CHARACTERS)]
-        return np.array([i for ids in map(self._encode_part, parts) for i in ids], np.int32)
+        ids: list[int] = []
+        for start in range(0, len(text), _ENCODE_CHARACTERS):
+            part = text[start : start + _ENCODE_CHARACTERS]
+            # The library would read this character as a space; spelled in bytes it survives.
+            first, *others = part.split(_SPACE) if self._space_bytes else [part]
+            ids += self._processor.encode(first)
+            for other in others:
+                ids += self._space_bytes + self._processor.encode(other)
+        return np.array(ids, np.int32)
 
-    def _encode_part(self, text: str) -> list[int]:
-        # The library would read this character as a space; spelled in bytes it survives.
-        first, *others = text.split(_SPACE) if self._space_bytes else [text]
-        ids = self._processor.encode(first)
-        for other in others:
-            ids += self._space_bytes + self._processor.encode(other)
-        return ids
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        found = np.asarray(ids, np.int64).reshape(-1)
-        found = found[(found >= 0) & (found < self.vocab_size)]
+    def decode(self, ids: Ids) -> str:
+        found = _between(0, ids, self.vocab_size)
         return self._processor.decode(found[self._is_text[found]].tolist())
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.model", self._model)
-        _save(directory, {"kind": "sentencepiece"})
+        _save(directory, kind="sentencepiece")
 
 
 class HuggingFaceTokenizer:
@@ -145,9 +140,9 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            hint = "pip install 'transformer[hf]'"
-            raise ConfigError(f"data.tokenizer = 'huggingface' needs the package tokenizers: {hint}") from error
-        self._content = content
+            problem = "data.tokenizer = 'huggingface' needs the extra hf: pip install 'transformer[hf]'"
+            raise ConfigError(problem) from error
+        self._content, self.fingerprint = content, _hash("huggingface", content.encode())
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises nothing narrower
@@ -156,25 +151,23 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        found = []
-        for what, names in (("begin", _HUGGING_FACE_BOS), ("end", _HUGGING_FACE_EOS)):
-            ids = [vocabulary[name] for name in names if name in vocabulary]
-            if not ids:
-                problem = f"no token for the {what} of a document, none of {', '.join(names)}"
-                raise ConfigError(f"data.tokenizer_path = {where!r} has {problem}")
-            found.append(ids[0])
-        self.bos, self.eos = found
-        self.fingerprint = _hash("huggingface", content.encode())
+        ends = {what: [n for n in names if n in vocabulary] for what, names in _HUGGING_FACE_ENDS.items()}
+        for what, names in ends.items():
+            if not names:
+                known = ", ".join(_HUGGING_FACE_ENDS[what])
+                problem = f"has no token for the {what} of a document, none of {known}"
+                raise ConfigError(f"data.tokenizer_path = {where!r} {problem}")
+        self.bos, self.eos = (vocabulary[ends[what][0]] for what in ("begin", "end"))
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._tokenizer.decode(np.asarray(ids, np.int64).reshape(-1).tolist(), skip_special_tokens=True)
+    def decode(self, ids: Ids) -> str:
+        return self._tokenizer.decode(_between(0, ids, self.vocab_size).tolist(), skip_special_tokens=True)
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.json", self._content)
-        _save(directory, {"kind": "huggingface"})
+        _save(directory, kind="huggingface")
 
 
 def is_saved(directory: Path) -> bool:
@@ -200,10 +193,10 @@ def read_tokenizer(kind: str, name: str) -> Tokenizer:
     if path.is_dir():
         return load_tokenizer(path)
     if not path.is_file():
-        raise ConfigError(f"data.tokenizer_path = {str(path)!r} does not exist")
+        raise ConfigError(f"data.tokenizer_path = {name!r} does not exist")
     if kind == "huggingface":
-        return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), str(path))
-    return SentencePieceTokenizer(path.read_bytes(), str(path))
+        return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name)
+    return SentencePieceTokenizer(path.read_bytes(), name)
 
 
 def train_sentencepiece(texts: Iterable[str], kind: str, vocab_size: int) -> SentencePieceTokenizer:
@@ -217,43 +210,35 @@ def train_sentencepiece(texts: Iterable[str], kind: str, vocab_size: int) -> Sen
     model = io.BytesIO()
     # The trainer skips sentences that are too long, so it gets pieces of documents.
     sentences = (text[i : i + 2000] for text in texts for i in range(0, len(text), 2000))
+    special = {"pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "unk_id": UNK}
+    exact = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    pieces = {"byte_fallback": True, "allow_whitespace_only_pieces": True, "max_sentence_length": 8001}
+    # The number of threads is part of the model file, and unigram's sums depend on it: never the number of cores.
+    settings = {"model_type": kind, "vocab_size": vocab_size, "num_threads": 2, "minloglevel": 2}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=model,
-            model_type=kind,
-            vocab_size=vocab_size,
-            pad_id=PAD,
-            bos_id=BOS,
-            eos_id=EOS,
-            unk_id=UNK,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8001,
-            # Part of the model file, and unigram's sums depend on it: never the number of cores.
-            num_threads=2,
-            minloglevel=2,
+            sentence_iterator=sentences, model_writer=model, **special, **exact, **pieces, **settings
         )
     except RuntimeError as error:
-        limit = re.search(r"<= (\d+)|\d+ vs (\d+)", str(error))
-        most, least = limit.groups() if limit else (None, None)
-        allowed = f"at most {most}" if most else f"at least {least}" if least else str(error)
-        if least:
-            allowed += " (256 bytes, the special tokens and the corpus's characters)"
+        most = re.search(r"<= (\d+)", str(error))
+        least = re.search(r"\d+ vs (\d+)", str(error))
+        allowed = f"at most {most[1]} tokens" if most else f"at least {least[1]} tokens" if least else str(error)
         problem = f"the corpus does not support it, {kind} can have {allowed}"
         raise ConfigError(f"data.tokenizer_vocab_size = {vocab_size}: {problem}") from error
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _save(directory: Path, config: dict[str, str]) -> None:
+def _save(directory: Path, **config: str) -> None:
     write_atomically(directory / _CONFIG_FILE, json.dumps(config) + "\n")
 
 
 def _hash(kind: str, content: bytes) -> str:
     return f"{kind}-{hashlib.blake2b(content, digest_size=10).hexdigest()}"
+
+
+def _between(low: int, ids: Ids, high: int) -> np.ndarray:
+    found = np.asarray(ids, np.int64).reshape(-1)
+    return found[(found >= low) & (found < high)]
 
 
 def _code_points(text: str) -> np.ndarray:
