@@ -18,7 +18,8 @@ from transformer.data.batches import (
     train_batches,
     validation_batches,
 )
-from transformer.data.prepare import Prepared, prepare
+from transformer.data.prepare import prepare
+from transformer.data.prepared import Prepared
 
 MakeConfig = Callable[..., Config]
 

@@ -9,6 +9,7 @@ import pytest
 
 from transformer.config import ConfigError
 from transformer.data import tokenizers
+from transformer.data.new_tokenizer import read_tokenizer, train_sentencepiece
 from transformer.data.tokenizers import (
     BOS,
     EOS,
@@ -20,8 +21,6 @@ from transformer.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
-    read_tokenizer,
-    train_sentencepiece,
 )
 
 HARD = [

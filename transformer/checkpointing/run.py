@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.config import Config, ConfigError, from_json, get, keys, to_json, write_atomically
-from transformer.data.prepare import Prepared
+from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.models.parameters import Tree, abstract_parameters, parameter_specs
 from transformer.models.transformer import Transformer

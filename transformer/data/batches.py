@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from transformer.config import Config
-from transformer.data.prepare import Prepared, Source
+from transformer.data.prepared import Prepared, Source
 from transformer.data.shards import Window, pseudo_random
 
 Batch = dict[str, np.ndarray]

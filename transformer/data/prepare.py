@@ -10,16 +10,19 @@ import functools
 import hashlib
 import io
 import json
+import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from transformer.config import Config, ConfigError, write_atomically
-from transformer.data import files, shards, sources, tokenizers
-from transformer.data.shards import Shard, Split
+from transformer.config import Config, ConfigError, from_json, write_atomically
+from transformer.data import files, new_tokenizer, shards, sources, tokenizers
+from transformer.data.prepared import SPLITS, Prepared, load_prepared
+from transformer.data.shards import Shard
 from transformer.data.sources import Corpus, Documents
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.workers import Workers
@@ -33,31 +36,9 @@ SHARD_BYTES, MAX_SHARDS = 2**20, 512
 TOKENIZER_SAMPLE_BYTES = 10_000_000
 """Text that a tokenizer is trained on, over all sources."""
 
-SPLITS = ("train", "validation")
 Part = Literal["whole", "head", "tail"]
 Division = dict[str, tuple[Part, np.ndarray]]
 """For each split, which part of its documents it takes, and a table of number, bytes and hash of each [3, documents]."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The two splits of one source."""
-
-    name: str
-    train: Split
-    validation: Split
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the batches are made from."""
-
-    directory: Path
-    """Where the shards lie, a directory for each source."""
-    tokenizer: Tokenizer
-    fingerprint: str
-    """Changes whenever a token does: of the corpora, the tokenizer and the way of cutting."""
-    sources: tuple[Source, ...]
 
 
 def prepare(config: Config, show_progress: bool = True) -> Prepared:
@@ -65,6 +46,28 @@ def prepare(config: Config, show_progress: bool = True) -> Prepared:
 
     Raises ConfigError for sources, texts and tokenizers that cannot be used.
     """
+    return load_prepared(*_make(config, show_progress))
+
+
+def main() -> None:
+    """The process that `prepare_apart` starts: a configuration comes in, the arguments of `load_prepared` go out."""
+    config = from_json(json.loads(sys.stdin.readline()))
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    try:
+        answer = dict(
+            zip(("tokenizer", "fingerprint", "sources"), _make(config, "--quiet" not in sys.argv), strict=True)
+        )
+    except ConfigError as error:
+        answer = {"problems": error.problems}
+    except OSError as error:
+        if error.errno is None:
+            raise
+        answer = {"errno": error.errno, "about": [error.strerror, *([str(error.filename)] if error.filename else [])]}
+    print(json.dumps(answer), flush=True)
+
+
+def _make(config: Config, show_progress: bool) -> tuple[str, str, list[str]]:
+    """Makes what is missing; returns where the tokenizer is, the fingerprint, and where the shards of each source are."""
     data, root = config.data, sources.cache_dir(config) / "tokens"
     cuts = (data.validation_documents, data.validation_tail, data.sequence_length, SHARD_BYTES, MAX_SHARDS)
     with Workers(data.num_workers, show_progress) as workers:
@@ -75,7 +78,7 @@ def prepare(config: Config, show_progress: bool = True) -> Prepared:
             with files.locked(root / key):
                 if not (root / key / "index.json").exists():
                     _write_shards(config, corpus, tokenizer, saved, root / key, workers)
-    return Prepared(root, tokenizer, files.fingerprint(keys), tuple(_read_index(root / key) for key in keys))
+    return str(saved), files.fingerprint(keys), [str(root / key) for key in keys]
 
 
 def split_texts(config: Config, name: Literal["train", "validation"]) -> Iterator[str]:
@@ -149,7 +152,7 @@ def _groups(table: np.ndarray) -> list[np.ndarray]:
 def _tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) -> tuple[Tokenizer, Path]:
     """Returns the tokenizer and where it is saved; it is trained if no run did before."""
     data = config.data
-    given = tokenizers.read_tokenizer(data.tokenizer, data.tokenizer_path) if data.tokenizer_path else None
+    given = new_tokenizer.read_tokenizer(data.tokenizer, data.tokenizer_path) if data.tokenizer_path else None
     depends: list[object] = [FORMAT, data.tokenizer, given and given.fingerprint]
     if not given and data.tokenizer != "bytes":
         depends += [corpus.fingerprint for corpus in corpora]
@@ -176,7 +179,7 @@ def _new_tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) 
         return tokenizers.CharacterTokenizer("".join(alphabets))
     assert kind != "huggingface", "validated: it comes from a file"
     workers.say(f"training a tokenizer: {kind}, {size} tokens")
-    return tokenizers.train_sentencepiece(_sample(config, corpora, [d["train"] for d in divisions]), kind, size)
+    return new_tokenizer.train_sentencepiece(_sample(config, corpora, [d["train"] for d in divisions]), kind, size)
 
 
 def _alphabet(documents: Documents, numbers: np.ndarray) -> str:
@@ -218,13 +221,6 @@ def _write_shards(
             raise ConfigError(f"the {name} split of {corpus.name} has no text: change data.validation_tail")
         index[name] = [dataclasses.asdict(shard) for shard in own]
     write_atomically(directory / "index.json", json.dumps(index, indent=1) + "\n")
-
-
-def _read_index(directory: Path) -> Source:
-    index = json.loads((directory / "index.json").read_text())
-    parts = {name: tuple(Shard(**shard) for shard in index[name]) for name in SPLITS}
-    kind = (directory, index["sequence_length"], index["token_type"])
-    return Source(index["name"], *(Split(name, *kind, parts[name]) for name in SPLITS))
 
 
 _load_once = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from transformer.config import Config
 from transformer.data.batches import validation_batches
-from transformer.data.prepare import Prepared
+from transformer.data.prepared import Prepared
 from transformer.models.parameters import Tree
 from transformer.models.transformer import Transformer
 from transformer.parallel.sharding import global_array, local_rows, replicated

@@ -16,7 +16,7 @@ from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.run import CHECKPOINTS, locked, open_run, resolve
 from transformer.config import Config, validate
 from transformer.data.batches import train_batches
-from transformer.data.prepare import Prepared, prepare
+from transformer.data.prepared import Prepared, prepare_apart
 from transformer.inference.generate import generate, max_new_tokens
 from transformer.models.flops import peak_flops, training_flops_per_token
 from transformer.models.parameters import num_parameters, parameter_specs
@@ -42,7 +42,7 @@ def run(config: Config, workdir: Path) -> int:
         # The mesh and the data, and what of the configuration depends on them.
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
-        prepared = prepare(config, show_progress=is_writer)
+        prepared = prepare_apart(config, show_progress=is_writer)
         config = resolve(config, prepared.tokenizer.vocab_size, jax.default_backend())
 
         with locked(workdir) if is_writer else contextlib.nullcontext():

@@ -1,0 +1,76 @@
+"""What preparing leaves on disk, and how a run comes by it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformer.config import Config, ConfigError, to_json
+from transformer.data.shards import Shard, Split
+from transformer.data.tokenizers import Tokenizer, load_tokenizer
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The two splits of one source."""
+
+    name: str
+    train: Split
+    validation: Split
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the batches are made from."""
+
+    tokenizer: Tokenizer
+    fingerprint: str
+    """Changes whenever a token does: of the corpora, the tokenizer and the way of cutting."""
+    sources: tuple[Source, ...]
+
+
+def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepared:
+    """Returns what lies in the directories of a tokenizer and of the shards of each source."""
+    return Prepared(load_tokenizer(Path(tokenizer)), fingerprint, tuple(_read_index(Path(path)) for path in sources))
+
+
+def _read_index(directory: Path) -> Source:
+    index = json.loads((directory / "index.json").read_text())
+    parts = {name: tuple(Shard(**shard) for shard in index[name]) for name in SPLITS}
+    kind = (directory, index["sequence_length"], index["token_type"])
+    return Source(index["name"], *(Split(name, *kind, parts[name]) for name in SPLITS))
+
+
+def prepare_apart(config: Config, show_progress: bool = True) -> Prepared:
+    """Prepares the data in a process of its own, which finds at once what is there, and returns the result.
+
+    So the process that trains never holds what only preparing needs (TFDS, the documents, a pool of workers), and
+    workers are not started from one that has JAX's threads. Raises ConfigError and OSError as `prepare` does.
+    """
+    command = [sys.executable, "-c", "from transformer.data import prepare; prepare.main()"]
+    command += [] if show_progress else ["--quiet"]
+    search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A session of its own: Ctrl-C is for this process, which then ends the child.
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            # Standard input stays open until the end: when it closes, the child knows that its parent has died.
+            process.stdin.write(json.dumps(to_json(config)) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.read()
+        except BaseException:
+            process.kill()
+            raise
+    result = json.loads(answer.splitlines()[-1]) if answer else {}
+    if "problems" in result:
+        raise ConfigError(result["problems"])
+    if "errno" in result:
+        raise OSError(result["errno"], *result["about"])
+    assert process.returncode == 0, "preparing the data failed; its traceback is above"
+    return load_prepared(**result)
