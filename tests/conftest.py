@@ -12,6 +12,8 @@ import jax
 import jaxtyping
 import pytest
 
+pytest_plugins = ["running"]
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "transformer"
 

@@ -1,6 +1,10 @@
 """Orbax checkpoints of a run: asynchronous, atomic, restored onto any mesh. All contact with Orbax is here."""
 
+import contextlib
 import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, config: CheckpointConfig | None = None):
         """Opens `directory`; without a `config` it is only read."""
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # What goes wrong in a save is raised by the next one, or by `wait`; Orbax logs it as well, with its traceback.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         policies: list[Any] = []
         if config is not None:
             # One policy for all: BestN alone would delete the newest checkpoint when it is not among the best.
@@ -42,13 +47,16 @@ class Checkpoints:
             create=config is not None,
         )
         handlers = {PARAMETERS: ocp.StandardCheckpointHandler(), REST: ocp.StandardCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+        self._directory = directory.absolute()
+        with _disk_errors(self._directory):
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with _disk_errors(self._directory):
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Returns the steps that have a finished checkpoint, in order."""
@@ -67,16 +75,21 @@ class Checkpoints:
         return metrics.get("validation_loss") if metrics else None
 
     def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
-        """Starts a save; it becomes visible, by a rename, only once it is whole."""
+        """Starts a save; it becomes visible, by a rename, only once it is whole.
+
+        Raises OSError if the disk failed this save or the one before.
+        """
         if step in self._manager.all_steps():
             return
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        with _disk_errors(self._directory):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def wait(self) -> None:
-        """Returns when every started save is on disk; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Returns when every started save is on disk; raises what went wrong in it, OSError if it was the disk."""
+        with _disk_errors(self._directory):
+            self._manager.wait_until_finished()
 
     def restore(self, step: int, **items: Any) -> dict[str, Any]:
         """Returns `items` (`params`, `rest`: trees of shape, type and sharding) filled from checkpoint `step`.
@@ -91,6 +104,19 @@ class Checkpoints:
             raise ConfigError(problems)
         arguments = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
         return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """Names the directory in an error of the disk, which TensorStore raises as a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = error.errno if isinstance(error, OSError) else code and int(code[1])
+        if not number:
+            raise
+        raise OSError(number, os.strerror(number), str(directory)) from error
 
 
 def _differences(stored: Any, wanted: Any, where: str) -> list[str]:

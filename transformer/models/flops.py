@@ -22,7 +22,7 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
+def forward_flops(config: ModelConfig, length: int) -> dict[str, int]:
     """Returns the FLOPs of one sequence's forward pass by part, each part over all layers.
 
     Attention's products appear twice: `attention_scores` as if every pair of positions were computed, and

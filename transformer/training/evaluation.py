@@ -38,9 +38,9 @@ class Evaluator:
         losses: dict[str, list[float]] = {}
         measures: dict[str, list[float]] = {}
         for batch in self.batches():
-            terms = jax.device_get(self._sums(params, batch))
+            terms = self._sums(params, batch)
             for totals, found in ((losses, terms.losses), (measures, terms.measures)):
-                for name, (value, weight) in found.items():
+                for name, (value, weight) in jax.device_get(found).items():
                     total = totals.setdefault(name, [0.0, 0.0])
                     total[0] += float(value)
                     total[1] += float(weight)

@@ -96,7 +96,7 @@ class Loop:
         self.config, self.workdir, self.prepared, self.model, self.mesh = config, workdir, prepared, model, mesh
         self.checkpoints, self.signals, self.report = checkpoints, signals, report
         self.evaluator = Evaluator(config, prepared, model, mesh)
-        self.vote = Vote(mesh)
+        self.vote = Vote(mesh, signals)
         self.num_traces = 0
         # Model FLOPs, attention in full as is usual in published MFU, over the peak of the devices where it is known.
         self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
@@ -125,7 +125,7 @@ class Loop:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, metrics = compiled(state, next(batches))
                     step += 1
-                    newest = (step, metrics, self.vote.cast(self.signals.received))
+                    newest = (step, metrics, self.vote.cast())
                 # The device is at work on this step while the host reads the metrics of the one before.
                 status = self._settle(pending)
                 pending = newest
@@ -206,7 +206,7 @@ class Loop:
         if nonfinite >= self.config.train.max_nonfinite_steps:
             self.report.message(f"stopping: {nonfinite} steps in a row had a gradient that is not finite")
             return 1
-        signal = int(jax.device_get(vote))
+        signal = self.vote.read(vote)
         return 128 + signal if signal else 0
 
     def _pause(self, step: int, state: TrainState, status: int) -> None:

@@ -1,0 +1,137 @@
+"""Fixtures of the tests that train: a run that takes seconds, processes of train.py, and what is left of a run."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from transformer.config import Config, replace, to_json
+
+ROOT = Path(__file__).parent.parent
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+TIMES = ("step_seconds", "tokens_per_second")
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Config]:
+    """Returns a function from changes, as of `config.replace`, to a configuration with a corpus of its own."""
+    generator = random.Random(0)
+    corpus = tmp_path / "corpus.jsonl"
+    texts = [" ".join(generator.choices(WORDS, k=generator.randrange(5, 60))) for _ in range(60)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def make(**changes: Any) -> Config:
+        tiny = {
+            "data": {
+                "path": (str(corpus),),
+                "validation_documents": 0.1,
+                "tokenizer": "bytes",
+                "sequence_length": 16,
+                "cache_dir": str(tmp_path / "cache"),
+                "num_workers": 1,
+            },
+            "model": {"num_layers": 1, "width": 16, "num_heads": 2},
+            "optimizer": {"schedule": "constant", "learning_rate": 1e-2},
+            "train": {"num_steps": 12, "batch_size": 8},
+            "evaluation": {"every_steps": 4, "batch_size": 16, "sample_tokens": 2},
+            "checkpoint": {"every_steps": 4},
+            "tracking": {"plot": False, "tensorboard": False},
+            "compilation_cache_dir": str(ROOT / ".pytest_cache" / "processes"),
+        }
+        for section, change in changes.items():
+            tiny[section] = tiny[section] | change if isinstance(change, dict) and section in tiny else change
+        return replace(Config(), **tiny)
+
+    return make
+
+
+@pytest.fixture
+def start_training(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Returns a function that starts train.py in a process with one device; its output is one stream.
+
+    `before` is Python that runs first in that process, to break something in it.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(config: Config, workdir: Path, *flags: str, before: str = "", **environ: str) -> subprocess.Popen[str]:
+        recipe = tmp_path / f"recipe_{len(started)}.json"
+        recipe.write_text(to_json(config))
+        program = f"{before}\nimport sys, train\nsys.exit(train.exit_status(train.main, sys.argv[1:]))"
+        arguments = ["--config", str(recipe), "--workdir", str(workdir), *flags]
+        process = subprocess.Popen(
+            [sys.executable, *(["-c", program] if before else [str(ROOT / "train.py")]), *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def read_state() -> Callable[..., dict[str, np.ndarray]]:
+    """Returns a function from a run directory to the arrays of its latest checkpoint, or of another, by name."""
+    from transformer.checkpointing.checkpoints import Checkpoints
+    from transformer.checkpointing.run import CHECKPOINTS, load_run
+    from transformer.models.parameters import parameter_specs
+    from transformer.models.transformer import Transformer
+    from transformer.optimizers import make_optimizer
+    from transformer.parallel.sharding import make_mesh
+    from transformer.training.loop import restore
+    from transformer.training.state import abstract_state, state_shardings
+
+    def read(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
+        config = replace(load_run(workdir).config, parallel={"replica": 1, "fsdp": 1, "tensor": 1})
+        model = Transformer(config.model)
+        optimizer = make_optimizer(config, parameter_specs(model))
+        shardings = state_shardings(model, optimizer, make_mesh(config, jax.devices()[:1]))
+        with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+            chosen = checkpoints.latest_step() if step is None else step
+            assert chosen is not None
+            state = restore(checkpoints, chosen, abstract_state(model, optimizer, shardings))
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+        return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+    return read
+
+
+@pytest.fixture
+def read_lines() -> Callable[[Path], list[dict[str, Any]]]:
+    """Returns a function from a run directory to the lines of its metrics.jsonl, without what clocks say."""
+
+    def read(workdir: Path) -> list[dict[str, Any]]:
+        records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+    return read
+
+
+@pytest.fixture
+def assert_same_run(
+    read_state: Callable[..., dict[str, np.ndarray]], read_lines: Callable[[Path], list[dict[str, Any]]]
+) -> Callable[[Path, Path], None]:
+    """Returns a function that asserts that two runs ended bit-equal: parameters, optimizer state, metrics, samples."""
+
+    def check(one: Path, other: Path) -> None:
+        assert read_lines(one) == read_lines(other)
+        assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+        left, right = read_state(one), read_state(other)
+        assert left.keys() == right.keys()
+        assert [name for name in left if left[name].tobytes() != right[name].tobytes()] == []
+
+    return check
