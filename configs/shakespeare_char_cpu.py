@@ -10,6 +10,6 @@ def get_config() -> Config:
         data={"sequence_length": 64},
         model={"num_layers": 4, "num_heads": 4, "width": 128, "dropout": 0.0},
         train={"num_steps": 2000, "batch_size": 12},
-        evaluation={"every_steps": 50, "batch_size": 96, "sample_tokens": 0},
+        evaluation={"every_steps": 100, "batch_size": 96, "sample_tokens": 0},
         checkpoint={"every_steps": 500},
     )

@@ -1,8 +1,9 @@
 """Settings of the whole suite, made before any test imports JAX."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # More threads than cores: JAX 0.10 deadlocks in collectives of eight simulated devices on two cores without it.
@@ -10,7 +11,10 @@ os.environ["NPROC"] = "16"
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
+
+from transformer.config import Config, replace
 
 pytest_plugins = ["running"]
 
@@ -41,3 +45,49 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HOME", str(directory))
         patch.setenv("MPLCONFIGDIR", str(ROOT / ".pytest_cache" / "matplotlib"))
         yield directory
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Config]:
+    """Makes configurations of a model that compiles in a second; changes are given as `replace` takes them."""
+    tiny = replace(
+        Config(),
+        data={"sequence_length": 16},
+        model={
+            "vocab_size": 203,
+            "num_layers": 2,
+            "width": 32,
+            "num_heads": 4,
+            "num_positions": 16,
+            "initial_scale": 0.1,
+            "scan_layers": False,
+        },
+        train={"batch_size": 8, "num_steps": 20},
+        parallel={"fsdp": 1},
+    )
+    return lambda **changes: replace(tiny, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> Callable[..., dict[str, np.ndarray]]:
+    """Makes batches of packed documents and padding; the number of targets that count grows from row to row."""
+
+    def make(config: Config, seed: int = 0) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        rows, length, vocab = config.train.batch_size, config.data.sequence_length, config.model.vocab_size
+        tokens = rng.integers(4, vocab, (rows, length + 1), dtype=np.int32)
+        starts = (rng.random((rows, length)) < 0.15) | (np.arange(length) == 0)
+        segments = np.cumsum(starts, axis=1, dtype=np.int32)
+        positions = np.arange(length) - np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1)
+        segments[::3, -3:] = 0
+        same = np.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+        counts = rng.random((rows, length)) < (np.arange(1, rows + 1)[:, None] / rows) ** 2
+        return {
+            "inputs": np.where(segments == 0, 0, tokens[:, :-1]),
+            "targets": np.where(segments == 0, 0, tokens[:, 1:]),
+            "positions": positions.astype(np.int32),
+            "segment_ids": segments,
+            "weights": (same & counts & (segments != 0)).astype(np.float32),
+        }
+
+    return make

@@ -35,10 +35,11 @@ SCHEDULES: dict[str, Callable[[OptimizerConfig, int, int], optax.Schedule]] = {
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate of the step after `count` finished ones; the first step is not wasted on 0."""
-    warmup, total = warmup_steps(config), config.train.num_steps
+    """Returns the learning rate of the step after `count` finished ones.
+
+    The peak is that of step max(1, `warmup_steps`), so that no step is wasted on 0, and the shape ends at the last step.
+    """
+    warmup, total = max(1, warmup_steps(config)), config.train.num_steps
     after = SCHEDULES[config.optimizer.schedule](config.optimizer, total - warmup, total)
-    if not warmup:
-        return after
     rise = optax.linear_schedule(config.optimizer.learning_rate / warmup, config.optimizer.learning_rate, warmup - 1)
-    return optax.join_schedules([rise if warmup > 1 else after, after], [warmup])
+    return optax.join_schedules([rise, after], [warmup - 1]) if warmup > 1 else after
