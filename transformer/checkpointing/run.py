@@ -12,7 +12,17 @@ import jax
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.config import Config, ConfigError, from_json, get, keys, to_json, write_atomically
+from transformer.config import (
+    Config,
+    ConfigError,
+    ParallelConfig,
+    from_json,
+    get,
+    keys,
+    replace,
+    to_json,
+    write_atomically,
+)
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.models.parameters import Tree, abstract_parameters, parameter_specs
@@ -106,7 +116,10 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
     if is_writer:
         prepared.tokenizer.save(workdir / TOKENIZER)
         write_atomically(workdir / CORPUS, json.dumps({"fingerprint": prepared.fingerprint}) + "\n")
-        write_atomically(workdir / CONFIG, to_json(config))
+        # Which process this was is not the run's.
+        here = ParallelConfig()
+        alone = {"coordinator": here.coordinator, "num_processes": here.num_processes, "process_id": here.process_id}
+        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone)))
 
 
 @contextlib.contextmanager

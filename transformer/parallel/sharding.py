@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import MESH_AXES, Config, mesh_axes, validate
 
@@ -76,12 +76,12 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
     """Returns the layout of one array over `mesh`."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh.shape))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from transformer.config import Config
 from transformer.models.parameters import Tree, abstract_parameters, init_parameters, map_specs, parameter_specs
@@ -38,7 +38,9 @@ def initial_state(model: Transformer, optimizer: optax.GradientTransformation, s
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def state_shardings(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Returns the layout of every array: moments lie where their parameters do, scalars everywhere."""
     whole = replicated(mesh)
     params = map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape), parameter_specs(model))

@@ -1,0 +1,315 @@
+"""The command line: `transformer <verb>`; `VERBS` lists them."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from transformer.arguments import Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
+from transformer.arguments import parse as parse_options
+from transformer.config import Config, ConfigError, ParallelConfig, mesh_problems, nearest
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Train or load the tokenizer and write the shards of tokens that training with this configuration reads."""
+
+    recipe: Recipe = ""
+    """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a run on the whole validation split."""
+
+    workdir: Workdir = ""
+    """The run directory."""
+    step: int | None = None
+    """Checkpoint to measure; None: the latest."""
+    best: bool = False
+    """Measure the checkpoint with the lowest validation loss."""
+    baseline: bool = False
+    """Measure an interpolated byte trigram, made from the same training text, beside it."""
+    as_json: Json = False
+    """Print one JSON object."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue prompts with the model of a run; `--seed` chooses among the continuations."""
+
+    workdir: Workdir = ""
+    """The run directory."""
+    prompt: tuple[str, ...] = ("",)
+    """Text to continue; several are continued side by side."""
+    max_tokens: int = 200
+    """New tokens at most; a text ends earlier where the model ends it."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Draw among this many most probable tokens. 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest most probable tokens that have this probability together."""
+    step: int | None = None
+    """Checkpoint to use; None: the latest."""
+    best: bool = False
+    """Use the checkpoint with the lowest validation loss."""
+    as_json: Json = False
+    """Print a JSON list, an object a prompt."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class DescribeOptions:
+    """Show parameters by module, FLOPs a token, and sharding and bytes per device of every array; computes nothing."""
+
+    recipe: Recipe = ""
+    """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
+    as_json: Json = False
+    """Print one JSON object."""
+    config: Overrides = field(default_factory=Config)
+
+
+def prepare(options: PrepareOptions) -> int:
+    from transformer.data.prepared import prepare_apart
+
+    prepared = prepare_apart(options.config)
+    print(f"tokenizer: {prepared.tokenizer.vocab_size:,} tokens")
+    for source in prepared.sources:
+        for split in (source.train, source.validation):
+            documents = sum(shard.num_documents for shard in split.shards)
+            sizes = f"{documents:,} documents, {split.num_bytes:,} bytes, {split.num_tokens:,} tokens"
+            print(f"{source.name} {split.name}: {sizes}, {split.num_windows:,} examples in {split.directory}")
+    return 0
+
+
+def train(options: TrainOptions) -> int:
+    from transformer.parallel import startup
+
+    startup.start(options.config)
+    from transformer.training.loop import run
+
+    return run(options.config, Path(options.workdir).expanduser())
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    run, config, mesh = _open(options.workdir, options.config)
+
+    import jax
+
+    from transformer.data.prepared import prepare_apart
+    from transformer.training.evaluation import Evaluator
+
+    prepared = prepare_apart(config, show_progress=not options.as_json)
+    if prepared.fingerprint != run.data_fingerprint:
+        raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
+    with jax.set_mesh(mesh):
+        model, params, step = run.load_parameters(mesh, options.step, options.best)
+        result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}
+    if options.baseline:
+        from transformer.data.ngram import trigram_bits_per_byte
+        from transformer.data.prepare import split_texts
+
+        texts = [(text.encode() for text in split_texts(config, name)) for name in ("train", "validation")]
+        result["trigram_bits_per_byte"] = trigram_bits_per_byte(*texts)
+    if options.as_json:
+        print(json.dumps(result))
+        return 0
+    print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} tokens)")
+    print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token, accuracy {result['accuracy']:.4f}")
+    print(f"  bits a byte   {result['bits_per_byte']:.4f}")
+    if options.baseline:
+        better = "the model is better" if result["bits_per_byte"] < result["trigram_bits_per_byte"] else "it is better"
+        print(f"  bits a byte   {result['trigram_bits_per_byte']:.4f} of an interpolated byte trigram: {better}")
+        plot = Path(options.workdir) / "loss.png"
+        print(f"  loss plot     {plot}" if plot.exists() else "  no loss plot")
+    return 0
+
+
+def generate(options: GenerateOptions) -> int:
+    problems = [] if options.max_tokens > 0 else [f"--max-tokens = {options.max_tokens}: must be greater than 0"]
+    problems += [] if options.temperature >= 0 else [f"--temperature = {options.temperature}: must not be negative"]
+    problems += [] if options.top_k >= 0 else [f"--top-k = {options.top_k}: must not be negative"]
+    problems += [] if 0 < options.top_p <= 1 else [f"--top-p = {options.top_p}: must be above 0 and at most 1"]
+    problems += [] if options.prompt else ["--prompt has no value: give one after --prompt"]
+    if problems:
+        raise ConfigError(problems)
+    run, config, mesh = _open(options.workdir, options.config)
+
+    import jax
+
+    from transformer.inference.generate import generate as continue_prompts
+
+    streams = len(options.prompt) == 1 and not options.as_json
+
+    def show(row: int, piece: str) -> None:
+        if streams:
+            print(piece, end="", flush=True)
+
+    with jax.set_mesh(mesh):
+        model, params, _ = run.load_parameters(mesh, options.step, options.best)
+        show(0, options.prompt[0])
+        draw = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        prompts = list(options.prompt)
+        texts = continue_prompts(
+            model, params, run.tokenizer, prompts, options.max_tokens, seed=config.seed, on_text=show, **draw
+        )
+    if options.as_json:
+        print(json.dumps([dataclasses.asdict(text) for text in texts]))
+    elif streams:
+        print()
+    else:
+        for number, text in enumerate(texts):
+            print(f"--- {number}\n{text.prompt}{text.text}")
+    return 0
+
+
+def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
+    """Returns the run, the configuration to use it with here, and the mesh: the run's own where it fits."""
+    from transformer.parallel import startup
+
+    startup.start(config)
+
+    import jax
+
+    from transformer.checkpointing.run import load_run
+    from transformer.parallel.sharding import make_mesh
+
+    run = load_run(Path(workdir).expanduser())
+    whole = dataclasses.replace(config.evaluation, num_batches=0)
+    config = dataclasses.replace(config, evaluation=whole)
+    if mesh_problems(config, jax.device_count()):
+        config = dataclasses.replace(config, parallel=ParallelConfig())
+    return run, config, make_mesh(config)
+
+
+def describe(options: DescribeOptions) -> int:
+    result = describe_config(options.config)
+    if options.as_json:
+        print(json.dumps(result))
+        return 0
+    sizes = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    print(f"{result['parameters']:,} parameters, on a mesh of {sizes}")
+    for name, count in result["parameters_by_module"].items():
+        print(f"  {name:<40}{count:>16,}")
+    for label, flops in result["flops_per_token"].items():
+        print(f"FLOPs a token, {label.replace('_', ' ')}: {flops:.4g}")
+    print("bytes per device, before gradients and activations:")
+    for name, size in result["bytes_per_device"].items():
+        print(f"  {name:<40}{size:>16,}")
+    for array in result["arrays"]:
+        shape, split = " x ".join(map(str, array["shape"])) or "scalar", array["sharding"]
+        print(f"  {array['name']:<50} {shape:<20} {split:<40} {array['bytes_per_device']:>14,}")
+    return 0
+
+
+def describe_config(config: Config) -> dict[str, Any]:
+    """Returns what `describe` shows. -1 in the mesh stands for the simulated devices, or else for 1."""
+    from transformer.parallel import startup
+
+    startup.start(config)
+
+    import jax
+    from jax.sharding import AbstractMesh
+
+    from transformer.checkpointing.run import resolve
+    from transformer.config import mesh_axes
+    from transformer.models import flops, parameters
+    from transformer.models.transformer import Transformer
+    from transformer.optimizers import make_optimizer
+    from transformer.training.state import abstract_state, state_shardings
+
+    fixed = math.prod(
+        size for size in (config.parallel.replica, config.parallel.fsdp, config.parallel.tensor) if size > 0
+    )
+    num_devices = config.parallel.cpu_devices or fixed
+    if problems := mesh_problems(config, num_devices):
+        raise ConfigError(problems)
+    axes = mesh_axes(config, num_devices)
+    config = resolve(config, config.model.vocab_size or _vocab_size(config), jax.default_backend())
+    model = Transformer(config.model)
+    specs = parameters.parameter_specs(model)
+    optimizer = make_optimizer(config, specs)
+    layouts: Any = state_shardings(model, optimizer, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    state = abstract_state(model, optimizer, layouts)
+    arrays, totals = [], {"params": 0, "opt_state": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        split = [entry if isinstance(entry, str) else list(entry or ()) for entry in leaf.sharding.spec]
+        shown = ", ".join(e if isinstance(e, str) else "+".join(e) or "-" for e in split)
+        arrays.append(
+            {"name": name, "shape": leaf.shape, "dtype": str(leaf.dtype), "sharding": shown, "bytes_per_device": size}
+        )
+        group = name.partition("/")[0]
+        totals[group] = totals.get(group, 0) + size
+    modules: dict[str, int] = {}
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=parameters.is_spec):
+        name = "/".join(str(key.key) for key in path[:-1]) or str(path[-1].key)
+        modules[name] = modules.get(name, 0) + spec.count
+    length = config.data.sequence_length
+    return {
+        "parameters": parameters.num_parameters(model),
+        "parameters_by_module": modules,
+        "flops_per_token": {
+            "training_attention_in_full": flops.training_flops_per_token(config.model, length),
+            "training_attention_causal_half": flops.training_flops_per_token(config.model, length, causal=True),
+        },
+        "forward_flops_per_sequence": flops.forward_flops(config.model, length),
+        "mesh": axes,
+        "bytes_per_device": totals,
+        "arrays": arrays,
+    }
+
+
+def _vocab_size(config: Config) -> int:
+    from transformer.data.tokenizers import ByteTokenizer
+
+    data = config.data
+    if data.tokenizer == "bytes":
+        return ByteTokenizer().vocab_size
+    if data.tokenizer in ("bpe", "unigram") and not data.tokenizer_path:
+        return data.tokenizer_vocab_size
+    raise ConfigError(f"model.vocab_size is needed: with data.tokenizer = {data.tokenizer!r} only the data tells it")
+
+
+VERBS: dict[str, tuple[type[Options], str]] = {
+    "prepare": (PrepareOptions, "make tokenizer and token shards"),
+    "train": (TrainOptions, "train a model, or go on with a run"),
+    "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
+    "generate": (GenerateOptions, "continue prompts"),
+    "describe": (DescribeOptions, "parameters, FLOPs, sharding and bytes of a configuration"),
+}
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Returns the options of a command line whose first word is the verb. Raises ConfigError with every mistake."""
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help"):
+        print("usage: transformer VERB [options]; transformer VERB --help shows them\n")
+        print("\n".join(f"  {name:<10} {what}" for name, (_, what) in VERBS.items()))
+        raise SystemExit(0)
+    if verb not in VERBS:
+        raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}{nearest(verb, tuple(VERBS))}")
+    return parse_options(VERBS[verb][0], rest, f"transformer {verb}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status."""
+    options = parse(arguments)
+    return getattr(sys.modules[__name__], arguments[0])(options)
+
+
+def main() -> None:
+    """The console script `transformer`."""
+    sys.exit(exit_status(run, sys.argv[1:]))
