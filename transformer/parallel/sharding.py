@@ -34,7 +34,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over all devices; raises ConfigError if the axes or the batch do not divide."""
     devices = jax.devices() if devices is None else devices
     validate(config, len(devices))
