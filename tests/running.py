@@ -80,7 +80,9 @@ def start_training(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[st
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 @pytest.fixture

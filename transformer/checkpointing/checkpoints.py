@@ -1,9 +1,12 @@
 """Orbax checkpoints of a run: asynchronous, atomic, restored onto any mesh. All contact with Orbax is here."""
 
 import contextlib
+import errno
 import logging
+import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from transformer.config import CheckpointConfig, ConfigError
 
 PARAMETERS, REST = "params", "rest"
 """Items of a checkpoint: parameters alone, so that they can be read alone, and everything else."""
+
+METADATA_BYTES = 2**20
+"""Allowed for what describes the arrays of a checkpoint."""
 
 
 class Checkpoints:
@@ -30,18 +36,15 @@ class Checkpoints:
             # One policy for all: BestN alone would delete the newest checkpoint when it is not among the best.
             policies.append(checkpoint_managers.LatestN(config.keep_latest))
             if config.keep_best:
-                policies.append(
-                    checkpoint_managers.BestN(
-                        get_metric_fn=lambda metrics: metrics["validation_loss"],
-                        reverse=True,
-                        n=config.keep_best,
-                        keep_checkpoints_without_metrics=False,
-                    )
-                )
+                best = {"get_metric_fn": _loss, "reverse": True, "keep_checkpoints_without_metrics": False}
+                policies.append(checkpoint_managers.BestN(n=config.keep_best, **best))
             if config.keep_every_steps:
                 policies.append(checkpoint_managers.EveryNSteps(config.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies) if policies else None,
+            # Chooses nothing beside the policy, but without it Orbax neither writes nor reads the losses.
+            best_fn=_loss,
+            best_mode="min",
             cleanup_tmp_directories=config is not None,
             read_only=config is None,
             create=config is not None,
@@ -67,12 +70,8 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step with the lowest validation loss, if any checkpoint has one."""
-        scored = [(loss, step) for step in self.steps() if (loss := self._validation_loss(step)) is not None]
+        scored = [(_loss(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
         return min(scored)[1] if scored else None
-
-    def _validation_loss(self, step: int) -> float | None:
-        metrics = self._manager.metrics(step)
-        return metrics.get("validation_loss") if metrics else None
 
     def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
         """Starts a save; it becomes visible, by a rename, only once it is whole.
@@ -81,8 +80,14 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        known = validation_loss is not None and math.isfinite(validation_loss)
+        metrics = {"validation_loss": validation_loss} if known else None
         items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
+        shards = [shard for leaf in jax.tree.leaves((params, rest)) for shard in leaf.addressable_shards]
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + METADATA_BYTES
+        if shutil.disk_usage(self._directory).free < needed:
+            # Found out by Orbax, it would leave a half-written checkpoint and the tracebacks of several threads.
+            raise OSError(errno.ENOSPC, f"No space left for a checkpoint of {needed:,} bytes", str(self._directory))
         with _disk_errors(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
@@ -104,6 +109,10 @@ class Checkpoints:
             raise ConfigError(problems)
         arguments = {name: ocp.args.StandardRestore(wanted) for name, wanted in items.items()}
         return dict(self._manager.restore(step, args=ocp.args.Composite(**arguments)))
+
+
+def _loss(metrics: Any) -> float:
+    return metrics["validation_loss"]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,196 @@
+"""The run directory: who may train in it, what contradicts it, and a disk that fails."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from transformer.checkpointing.run import load_run, locked
+from transformer.config import Config, ConfigError, from_json, replace, to_json
+from transformer.parallel.sharding import make_mesh
+from transformer.training import loop
+
+Make = Callable[..., Config]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def finished(make_run: Make, tmp_path: Path) -> tuple[Config, Path]:
+    config = make_run(train={"num_steps": 8}, checkpoint={"keep_latest": 1, "keep_best": 1})
+    assert loop.run(config, tmp_path / "run") == 0
+    return config, tmp_path / "run"
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_every_key_that_contradicts_a_run_is_named(finished: tuple[Config, Path]) -> None:
+    config, workdir = finished
+    before = everything(workdir)
+    other = replace(
+        config,
+        model={"width": 32, "biases": True},
+        train={"batch_size": 16},
+        data={"sequence_length": 8, "tokenizer": "characters"},
+        optimizer={"name": "sgd"},
+        seed=1,
+    )
+    with pytest.raises(ConfigError) as caught:
+        loop.run(other, workdir)
+    problems = "\n".join(caught.value.problems)
+    for named in (
+        "model.width = 32 contradicts the run, which has 16",
+        "model.biases = True contradicts",
+        "train.batch_size = 16 contradicts the run, which has 8",
+        "data.sequence_length = 8",
+        "data.tokenizer",
+        "optimizer.name = 'sgd'",
+        "seed = 1",
+    ):
+        assert named in problems
+    assert everything(workdir) == before
+
+
+def test_another_corpus_contradicts_a_run(finished: tuple[Config, Path], tmp_path: Path) -> None:
+    config, workdir = finished
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(ConfigError, match="another corpus"):
+        loop.run(config, workdir)
+
+
+def test_what_may_change_does(finished: tuple[Config, Path]) -> None:
+    config, workdir = finished
+    changed = replace(
+        config,
+        model={"remat": "full", "dropout": 0.1, "scan_layers": True},
+        train={"num_steps": 12, "num_microbatches": 2, "batch_size": 8},
+        parallel={"fsdp": 4, "tensor": 2},
+        optimizer={"learning_rate": 1e-3},
+    )
+    assert loop.run(changed, workdir) == 0
+    assert load_run(workdir).config.model.remat == "full"
+
+
+def test_a_contradiction_is_two_lines_and_exit_status_2(make_run: Make, start_training: Start, tmp_path: Path) -> None:
+    config, workdir = make_run(train={"num_steps": 2}), tmp_path / "run"
+    output, _ = (process := start_training(config, workdir)).communicate(timeout=300)
+    assert process.returncode == 0, output
+    output, _ = (process := start_training(config, workdir, "--model.width", "32", "--seed", "1")).communicate(
+        timeout=300
+    )
+    assert process.returncode == 2
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "directory of another run" in errors[0]
+    assert "model.width = 32" in errors[1] and "seed = 1" in errors[2]
+    assert "Traceback" not in output and "compiled" not in output
+
+
+def test_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run directory: it has no config\.json"):
+        load_run(tmp_path)
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        load_run(tmp_path / "file")
+
+
+def test_two_trainings_in_one_directory(make_run: Make, start_training: Start, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    with locked(workdir):
+        with pytest.raises(ConfigError, match="in use by another process"):
+            loop.run(make_run(), workdir)
+        process = start_training(make_run(), workdir)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 2
+        assert "error: " in output and "in use by another process" in output
+        assert "Traceback" not in output and "compiled" not in output
+    assert not (workdir / "config.json").exists()
+    assert loop.run(make_run(train={"num_steps": 1}), workdir) == 0
+
+
+def test_parameters_of_a_run(
+    finished: tuple[Config, Path], tmp_path: Path, read_state: Callable[..., dict[str, np.ndarray]]
+) -> None:
+    config, workdir = finished
+    run = load_run(workdir)
+    # Trained in this directory or moved: nothing but the directory is needed.
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        _, params, step = load_run(moved).load_parameters(mesh)
+        assert step == 8
+        leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        }
+        stored = read_state(workdir)
+        assert all(np.array_equal(stored[f"params.{name}"], leaf) for name, leaf in leaves.items())
+        assert run.load_parameters(mesh, best=True)[2] == 8
+        with pytest.raises(ConfigError, match="has no checkpoint of step 3; there are: 8"):
+            run.load_parameters(mesh, step=3)
+        shutil.rmtree(moved / "checkpoints")
+        with pytest.raises(ConfigError, match="no checkpoint yet"):
+            load_run(moved).load_parameters(mesh)
+
+
+def test_a_config_is_read_back_as_it_was_written(make_run: Make) -> None:
+    config = make_run(data={"weights": (1.0,)})
+    assert from_json(to_json(config)) == config
+    assert dataclasses.asdict(from_json(to_json(config))) == dataclasses.asdict(config)
+
+
+DISK = """
+mount -t tmpfs -o size=$SIZE none "$DISK" || exit 77
+"$PYTHON" train.py --config "$RECIPE" --workdir "$DISK/run" > "$OUT/full.txt" 2>&1; echo $? >> "$OUT/status"
+ls "$DISK/run/checkpoints" > "$OUT/kept.txt"
+mount -o remount,size=64m "$DISK"
+"$PYTHON" train.py --config "$RECIPE" --workdir "$DISK/run" > "$OUT/larger.txt" 2>&1; echo $? >> "$OUT/status"
+mount -o remount,ro "$DISK"
+"$PYTHON" train.py --config "$RECIPE" --workdir "$DISK/run" > "$OUT/readonly.txt" 2>&1; echo $? >> "$OUT/status"
+cp -r "$DISK/run" "$OUT/run"
+"""
+
+
+def test_a_disk_that_is_full_or_read_only(
+    make_run: Make, tmp_path: Path, assert_same_run: Callable[[Path, Path], None], start_training: Start
+) -> None:
+    config = make_run(train={"num_steps": 40}, checkpoint={"keep_latest": 50}, evaluation={"every_steps": 8})
+    (tmp_path / "recipe.json").write_text(to_json(config))
+    (tmp_path / "disk").mkdir()
+    root = Path(__file__).parent.parent.parent
+    places: dict[str, Any] = {"DISK": tmp_path / "disk", "OUT": tmp_path, "RECIPE": tmp_path / "recipe.json"}
+    environment = {name: str(path) for name, path in places.items()}
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", DISK]
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare, to mount a small disk")
+    done = subprocess.run(command, cwd=root, env={**os.environ, **environment, "PYTHON": sys.executable, "SIZE": "2m"})
+    if done.returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+
+    assert (tmp_path / "status").read_text().split() == ["1", "0", "1"]
+    for name, complaint in (("full", "No space left for a checkpoint"), ("readonly", "Read-only file system")):
+        output = (tmp_path / f"{name}.txt").read_text()
+        assert "Traceback" not in output
+        (error,) = [line for line in output.splitlines() if "rror" in line]
+        assert error.startswith("error: ") and complaint in error and "disk/run" in error
+    assert "orbax-checkpoint-tmp" not in (tmp_path / "kept.txt").read_text()
+    kept = [int(name) for name in (tmp_path / "kept.txt").read_text().split() if name.isdigit()]
+    assert 4 in kept
+    assert f"resuming after step {max(kept)} of 40" in (tmp_path / "larger.txt").read_text()
+
+    process = start_training(config, tmp_path / "whole")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
