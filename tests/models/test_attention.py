@@ -1,0 +1,111 @@
+"""Attention against a plain reference in double precision, its mask against a loop over pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from transformer.models.attention import attention_mask, dot_product_attention
+
+
+def reference(query, key, value, mask):
+    """Softmax attention in float64, one query at a time; a query without a key gets zero."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    output = np.zeros_like(query)
+    groups = query.shape[2] // key.shape[2]
+    for b, t, n in np.ndindex(query.shape[:3]):
+        keys = np.flatnonzero(mask[b, t])
+        if keys.size:
+            scores = key[b, keys, n // groups] @ query[b, t, n] / np.sqrt(query.shape[3])
+            weights = np.exp(scores - scores.max())
+            output[b, t, n] = weights / weights.sum() @ value[b, keys, n // groups]
+    return output
+
+
+def random_inputs(length, heads, kv_heads, head_width=8, scale=1.0):
+    rng = np.random.default_rng(length + 10 * heads + kv_heads)
+    shapes = [(3, length, heads, head_width), (3, length, kv_heads, head_width), (3, length, kv_heads, head_width)]
+    return [jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def random_segments(length):
+    """Rows: one document; several, of which one token long; padding before, within and after."""
+    rng = np.random.default_rng(length)
+    segments = np.ones((3, length), np.int32)
+    segments[1] = 1 + np.cumsum(rng.random(length) < 0.4)
+    segments[2] = np.where(rng.random(length) < 0.4, 0, 1)
+    segments[2, 0] = 0
+    starts = np.diff(segments, axis=1, prepend=-1) != 0
+    positions = np.arange(length) - np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1)
+    positions[2] = np.maximum(np.cumsum(segments[2]) - 1, 0)
+    return jnp.asarray(segments), jnp.asarray(positions, jnp.int32)
+
+
+def mask_of(segments, positions):
+    return attention_mask(positions, positions, segments, segments)
+
+
+@pytest.mark.parametrize("length", [1, 7, 16])
+def test_mask_is_causality_within_documents(length):
+    segments, positions = random_segments(length)
+    mask = np.asarray(mask_of(segments, positions))
+    for b, t, s in np.ndindex(mask.shape):
+        assert mask[b, t, s] == (s <= t and segments[b, t] == segments[b, s] and segments[b, t] != 0), (b, t, s)
+
+
+def test_mask_of_a_continuation_sees_the_earlier_keys():
+    segments, positions = random_segments(9)
+    whole = np.asarray(mask_of(segments, positions))
+    part = attention_mask(positions[:, 6:], positions, segments[:, 6:], segments)
+    np.testing.assert_array_equal(part, whole[:, 6:])
+
+
+@pytest.mark.parametrize("length", [1, 7, 16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_attention_is_the_reference(length, heads, kv_heads):
+    inputs = random_inputs(length, heads, kv_heads)
+    mask = mask_of(*random_segments(length))
+    expected = reference(*inputs, np.asarray(mask))
+    actual = jax.jit(dot_product_attention)(*inputs, mask)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_with_scores_of_thousands_is_finite_and_right():
+    inputs = random_inputs(7, 4, 2, scale=60.0)
+    mask = mask_of(*random_segments(7))
+    actual, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask), *inputs)
+    np.testing.assert_allclose(actual, reference(*inputs, np.asarray(mask)), rtol=1e-3, atol=1e-3)
+    assert all(np.all(np.isfinite(gradient)) for gradient in backward(actual))
+
+
+def test_attention_in_bfloat16_keeps_its_softmax_in_float32():
+    inputs = [x.astype(jnp.bfloat16) for x in random_inputs(16, 4, 2)]
+    mask = mask_of(*random_segments(16))
+    actual = dot_product_attention(*inputs, mask)
+    assert actual.dtype == jnp.bfloat16
+    error = np.asarray(actual, np.float64) - reference(*inputs, np.asarray(mask))
+    # bfloat16 has 8 bits; weights and output are rounded to it, their sum is not.
+    assert np.max(np.abs(error)) < 2**-6
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_gets_no_gradient():
+    inputs = random_inputs(7, 4, 2)
+    segments, positions = random_segments(7)
+    segments = segments.at[0].set(0)
+    mask = mask_of(segments, positions)
+    output, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask), *inputs)
+    blind = np.asarray(segments) == 0
+    assert blind[0].all() and blind[2].any() and not blind[1].any()
+    assert np.all(np.asarray(output)[blind] == 0)
+    for name, gradient in zip(("query", "key", "value"), backward(jnp.ones_like(output)), strict=True):
+        assert np.all(np.isfinite(gradient)), name
+        assert np.all(np.asarray(gradient)[blind] == 0), name
+        assert np.any(np.asarray(gradient)[~blind] != 0), name
+
+
+def test_each_key_head_serves_neighbouring_query_heads():
+    query, key, value = random_inputs(7, 4, 2)
+    mask = mask_of(*random_segments(7))
+    repeated = [jnp.repeat(x, 2, axis=2) for x in (key, value)]
+    grouped = dot_product_attention(query, key, value, mask)
+    np.testing.assert_allclose(grouped, dot_product_attention(query, *repeated, mask), rtol=1e-6, atol=1e-6)
