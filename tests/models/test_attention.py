@@ -1,5 +1,7 @@
 """Attention against a plain reference in double precision, its mask against a loop over pairs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,8 @@ def reference(query, key, value, mask):
     return output
 
 
-def random_inputs(length, heads, kv_heads, head_width=8, scale=1.0):
+def random_inputs(length, heads, kv_heads, head_width=8, scale=1.0) -> Any:
+    """Query, key and value."""
     rng = np.random.default_rng(length + 10 * heads + kv_heads)
     shapes = [(3, length, heads, head_width), (3, length, kv_heads, head_width), (3, length, kv_heads, head_width)]
     return [jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for shape in shapes]
@@ -65,25 +68,25 @@ def test_mask_of_a_continuation_sees_the_earlier_keys():
 def test_attention_is_the_reference(length, heads, kv_heads):
     inputs = random_inputs(length, heads, kv_heads)
     mask = mask_of(*random_segments(length))
-    expected = reference(*inputs, np.asarray(mask))
-    actual = jax.jit(dot_product_attention)(*inputs, mask)
+    expected = reference(*inputs, mask=np.asarray(mask))
+    actual = jax.jit(dot_product_attention)(*inputs, mask=mask)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_with_scores_of_thousands_is_finite_and_right():
     inputs = random_inputs(7, 4, 2, scale=60.0)
     mask = mask_of(*random_segments(7))
-    actual, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask), *inputs)
-    np.testing.assert_allclose(actual, reference(*inputs, np.asarray(mask)), rtol=1e-3, atol=1e-3)
+    actual, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask=mask), *inputs)
+    np.testing.assert_allclose(actual, reference(*inputs, mask=np.asarray(mask)), rtol=1e-3, atol=1e-3)
     assert all(np.all(np.isfinite(gradient)) for gradient in backward(actual))
 
 
 def test_attention_in_bfloat16_keeps_its_softmax_in_float32():
-    inputs = [x.astype(jnp.bfloat16) for x in random_inputs(16, 4, 2)]
+    inputs: Any = [x.astype(jnp.bfloat16) for x in random_inputs(16, 4, 2)]
     mask = mask_of(*random_segments(16))
-    actual = dot_product_attention(*inputs, mask)
+    actual = dot_product_attention(*inputs, mask=mask)
     assert actual.dtype == jnp.bfloat16
-    error = np.asarray(actual, np.float64) - reference(*inputs, np.asarray(mask))
+    error = np.asarray(actual, np.float64) - reference(*inputs, mask=np.asarray(mask))
     # bfloat16 has 8 bits; weights and output are rounded to it, their sum is not.
     assert np.max(np.abs(error)) < 2**-6
 
@@ -93,7 +96,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_no_gradient():
     segments, positions = random_segments(7)
     segments = segments.at[0].set(0)
     mask = mask_of(segments, positions)
-    output, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask), *inputs)
+    output, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask=mask), *inputs)
     blind = np.asarray(segments) == 0
     assert blind[0].all() and blind[2].any() and not blind[1].any()
     assert np.all(np.asarray(output)[blind] == 0)
@@ -106,6 +109,6 @@ def test_a_query_that_sees_nothing_gives_zero_and_gets_no_gradient():
 def test_each_key_head_serves_neighbouring_query_heads():
     query, key, value = random_inputs(7, 4, 2)
     mask = mask_of(*random_segments(7))
-    repeated = [jnp.repeat(x, 2, axis=2) for x in (key, value)]
     grouped = dot_product_attention(query, key, value, mask)
-    np.testing.assert_allclose(grouped, dot_product_attention(query, *repeated, mask), rtol=1e-6, atol=1e-6)
+    repeated = dot_product_attention(query, jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2), mask)
+    np.testing.assert_allclose(grouped, repeated, rtol=1e-6, atol=1e-6)

@@ -19,7 +19,6 @@ from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
 from transformer.objectives.causal import softmax_cross_entropy
 
-
 # Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -298,7 +297,7 @@ def test_remat_policies_and_scan_are_different_programs(model_config, batch):
         model, params = build(model_config, scan_layers=scan_layers, remat=remat)
         traced = differentiated.trace(model, params, batch)
         products[scan_layers, remat] = multiplications(traced.jaxpr.jaxpr)
-        compiled = traced.lower().compile()
+        compiled: Any = traced.lower().compile()
         # The analysis counts the body of a loop once; the scheduler of XLA's CPU backend minds memory only between loops.
         if scan_layers:
             memory[remat] = compiled.memory_analysis().temp_size_in_bytes
