@@ -52,7 +52,7 @@ def tiny_config() -> Callable[..., Config]:
     """Makes configurations of a model that compiles in a second; changes are given as `replace` takes them."""
     tiny = replace(
         Config(),
-        data={"sequence_length": 16},
+        data={"sequence_length": 16, "tokenizer_vocab_size": 203},
         model={
             "vocab_size": 203,
             "num_layers": 2,

@@ -31,7 +31,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
         gradients, metrics = gradient(state.params, batch, key)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
