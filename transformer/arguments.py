@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import io
+import json
 import os
 import re
+import runpy
 import sys
 import traceback
 import typing
@@ -20,17 +21,16 @@ import tyro
 from transformer.config import (
     Config,
     ConfigError,
-    from_json,
+    from_tree,
     keys,
+    mentioned,
     nearest,
-    normalized,
     problems_of,
     type_of,
     type_problem,
 )
 
 
-@typing.runtime_checkable
 class Options(Protocol):
     """What a command can be told: a dataclass whose last field is the configuration."""
 
@@ -70,36 +70,32 @@ def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT
     for options without a recipe. Raises ConfigError with every mistake in recipe and command line.
     """
     groups = _groups(arguments)
-    names = {item.name: item for item in dataclasses.fields(cast(Any, kind))}
-    origin = "config" if "recipe" in names else "workdir"
+    origin = "config" if hasattr(kind, "recipe") else "workdir"
     named = [values[-1] for flag, *values in groups if flag == f"--{origin}" and values]
     base, problems, sound = Config(), [], True
     if named:
         base, problems, sound = load_config(named[-1]) if origin == "config" else load_run_config(named[-1])
-    options = cast(Any, kind)(config=base)
+    options: OptionsT = cast(Any, kind)(config=base)
     if {"-h", "--help"} & set(arguments):
         tyro.cli(kind, prog=prog, args=["--help"], default=options)
     flags = [argument for group in groups for argument in _switch(group)]
     parsed = _parse(kind, flags, options)
-    given: set[str] = set()
-    if parsed is None:
-        # tyro stops at the first kind of mistake, so each option is parsed by itself.
-        own = {name: hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
-        types = {key: type_of(key) for key in keys()} | own | {"config": str}
-        for group in groups:
-            single = _parse(kind, _switch(group), options)
-            if single is None:
-                problems.append(_mistake(group, types))
-            options = options if single is None else single
-        given = {_key(flag) for flag, *_ in groups}
-    else:
-        options = parsed
-    if getattr(options, "workdir", None) == "" and not any(flag == "--workdir" for flag, *_ in groups):
+    spelt = {"recipe": "config", "as_json": "json"}
+    own = {spelt.get(name, name): hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
+    types = {key: type_of(key) for key in keys()} | own
+    # tyro stops at the first kind of mistake, so then each option is parsed by itself.
+    for group in groups if parsed is None else ():
+        single = _parse(kind, _switch(group), options)
+        problems += [_mistake(group, types)] if single is None else []
+        options = single or options
+    options = parsed or options
+    if getattr(options, "workdir", None) == "" and not any(problem.startswith("--workdir") for problem in problems):
         problems.append("--workdir is missing: name the run directory")
+    given = {_key(flag) for flag, *_ in groups}
     mistyped = {key for problem in problems for key in keys() if problem.startswith(f"{key} ")}
     for problem in problems_of(options.config):
         # A value that stands in for one that could not be read is no mistake of the user's.
-        concerns = {key for key in keys() if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem)}
+        concerns = mentioned(problem)
         if not concerns & mistyped and (sound or concerns <= given):
             problems.append(problem)
     if problems:
@@ -148,28 +144,27 @@ def _mistake(group: list[str], types: dict[str, Any]) -> str:
     key = _key(flag)
     if not flag.startswith("--"):
         return f"{flag!r} is not an option: options begin with --"
+    if types.get(re.sub(r"(^|\.)no_", r"\1", key)) is bool and values and key not in keys():
+        return f"{flag} takes no value, so {' '.join(values)!r} belongs to no option"
     if key not in types:
         return f"{flag} is not an option{nearest(key, list(types))}"
     label = key if key in keys() else flag
     if not values:
         return f"{label} has no value: give one after {flag}"
+    if len(values) > 1 and typing.get_origin(types[key]) is not tuple:
+        return f"{label} = {values[0]!r} is followed by {' '.join(values[1:])!r}, which belongs to no option"
     return type_problem(label, " ".join(values), types[key])
 
 
 def load_config(name: str) -> tuple[Config, list[str], bool]:
     """Returns the configuration that `--config` names, what is wrong with it, and whether it could be read at all."""
-    path = Path(name).expanduser()
     recipes = {file.stem: file for file in sorted((CHECKOUT / "configs").glob("[!_]*.py"))}
-    path = recipes.get(name, path)
+    path = recipes.get(name, Path(name).expanduser())
     if path.is_dir():
         return load_run_config(name)
     if not path.is_file():
-        guess = nearest(path.stem, tuple(recipes))
-        return (
-            Config(),
-            [f"--config = {name!r}: no such recipe or file; recipes are {', '.join(recipes)}{guess}"],
-            False,
-        )
+        known = f"recipes are {', '.join(recipes)}{nearest(path.stem, tuple(recipes))}"
+        return Config(), [f"--config = {name!r}: no such recipe or file; {known}"], False
     return _run_recipe(path) if path.suffix == ".py" else _read_json(path)
 
 
@@ -183,9 +178,9 @@ def load_run_config(workdir: str) -> tuple[Config, list[str], bool]:
 
 def _read_json(path: Path) -> tuple[Config, list[str], bool]:
     try:
-        return from_json(path.read_text(encoding="utf-8"), str(path)), [], True
-    except (ConfigError, UnicodeDecodeError) as error:
-        return Config(), str(error).splitlines(), False
+        return *from_tree(json.loads(path.read_bytes())), True
+    except (ValueError, RecursionError) as error:
+        return Config(), [f"{path} is not JSON: {error}"], False
 
 
 def _run_recipe(path: Path) -> tuple[Config, list[str], bool]:
@@ -196,32 +191,29 @@ def _run_recipe(path: Path) -> tuple[Config, list[str], bool]:
         # A recipe may import another: `from configs import stdlib`.
         sys.path.insert(0, str(CHECKOUT))
         with _misspelt_keys_into(problems):
-            spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-            assert spec is not None and spec.loader is not None, path
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            if not callable(getattr(module, "get_config", None)):
+            get_config = runpy.run_path(str(path)).get("get_config")
+            if not callable(get_config):
                 return Config(), [f"{path} has no function get_config() -> Config"], False
-            config = module.get_config()
+            config = get_config()
+        if not isinstance(config, Config):
+            return Config(), [*problems, f"{path}: get_config() returned {type(config).__name__}, not a Config"], False
+        config, mistyped = from_tree(dataclasses.asdict(config))
+        return config, problems + mistyped, True
     except ConfigError as error:
         return Config(), [*problems, *(f"{path}: {problem}" for problem in error.problems)], False
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
         return Config(), [*problems, f"{where}: {type(error).__name__}: {error}"], False
     finally:
         sys.path[:] = search_path
-    if not isinstance(config, Config):
-        return Config(), [*problems, f"{path}: get_config() returned {type(config).__name__}, not a Config"], False
-    config, mistyped = normalized(config)
-    return config, problems + mistyped, True
 
 
 @contextlib.contextmanager
 def _misspelt_keys_into(problems: list[str]) -> Iterator[None]:
     """Collects unknown keyword arguments of the configuration's dataclasses, where Python would stop at the first."""
-    sections = {Config: ""} | {item.type: f"{item.name}." for item in dataclasses.fields(Config)}
-    kinds = {cast(Any, kind): prefix for kind, prefix in sections.items() if dataclasses.is_dataclass(kind)}
+    sections = [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)]
+    kinds: dict[Any, str] = {Config: ""} | {item.type: f"{item.name}." for item in sections}
     originals = {kind: kind.__init__ for kind in kinds}
 
     def tolerant(kind: Any) -> Callable[..., None]:

@@ -13,7 +13,7 @@ import tyro
 
 from transformer.arguments import Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
-from transformer.config import Config, ConfigError, ParallelConfig, mesh_problems, nearest
+from transformer.config import Config, ConfigError, known_vocab_size, mesh_problems, nearest, replace
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -139,9 +139,11 @@ def evaluate(options: EvaluateOptions) -> int:
 def generate(options: GenerateOptions) -> int:
     problems = [] if options.max_tokens > 0 else [f"--max-tokens = {options.max_tokens}: must be greater than 0"]
     problems += [] if options.temperature >= 0 else [f"--temperature = {options.temperature}: must not be negative"]
-    problems += [] if options.top_k >= 0 else [f"--top-k = {options.top_k}: must not be negative"]
+    problems += [] if 0 <= options.top_k < 2**31 else [f"--top-k = {options.top_k}: must be from 0 to {2**31 - 1}"]
     problems += [] if 0 < options.top_p <= 1 else [f"--top-p = {options.top_p}: must be above 0 and at most 1"]
     problems += [] if options.prompt else ["--prompt has no value: give one after --prompt"]
+    broken = [prompt for prompt in options.prompt if prompt != prompt.encode(errors="replace").decode()]
+    problems += [f"--prompt = {prompt!r}: is not UTF-8" for prompt in broken]
     if problems:
         raise ConfigError(problems)
     run, config, mesh = _open(options.workdir, options.config)
@@ -182,14 +184,20 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
 
     import jax
 
-    from transformer.checkpointing.run import load_run
+    from transformer.checkpointing.run import contradictions, load_run
     from transformer.parallel.sharding import make_mesh
 
     run = load_run(Path(workdir).expanduser())
-    whole = dataclasses.replace(config.evaluation, num_batches=0)
-    config = dataclasses.replace(config, evaluation=whole)
-    if mesh_problems(config, jax.device_count()):
-        config = dataclasses.replace(config, parallel=ParallelConfig())
+    if problems := [problem for problem in contradictions(run.config, config) if problem.startswith("model.")]:
+        raise ConfigError([f"{workdir} holds a trained model, which stays as it is", *problems])
+    size = config.evaluation.batch_size or config.train.batch_size
+    config = replace(config, evaluation={"num_batches": 0, "batch_size": size})
+    # Nothing is trained here, so only the batch of the evaluation has to divide.
+    config = replace(config, train={"batch_size": size, "num_microbatches": 1})
+    if config.parallel == run.config.parallel and mesh_problems(config, jax.device_count()):
+        # The run's own mesh is of another machine. Any number of devices can split the layers themselves.
+        shards = math.gcd(size, jax.device_count())
+        config = replace(config, parallel={"replica": 1, "fsdp": shards, "tensor": -1})
     return run, config, make_mesh(config)
 
 
@@ -236,7 +244,11 @@ def describe_config(config: Config) -> dict[str, Any]:
     if problems := mesh_problems(config, num_devices):
         raise ConfigError(problems)
     axes = mesh_axes(config, num_devices)
-    config = resolve(config, config.model.vocab_size or _vocab_size(config), jax.default_backend())
+    vocab_size = config.model.vocab_size or known_vocab_size(config.data)
+    if vocab_size is None:
+        tokenizer = f"data.tokenizer = {config.data.tokenizer!r}"
+        raise ConfigError(f"model.vocab_size is needed: with {tokenizer} only the data tells it")
+    config = resolve(config, vocab_size, jax.default_backend())
     model = Transformer(config.model)
     specs = parameters.parameter_specs(model)
     optimizer = make_optimizer(config, specs)
@@ -270,17 +282,6 @@ def describe_config(config: Config) -> dict[str, Any]:
         "bytes_per_device": totals,
         "arrays": arrays,
     }
-
-
-def _vocab_size(config: Config) -> int:
-    from transformer.data.tokenizers import ByteTokenizer
-
-    data = config.data
-    if data.tokenizer == "bytes":
-        return ByteTokenizer().vocab_size
-    if data.tokenizer in ("bpe", "unigram") and not data.tokenizer_path:
-        return data.tokenizer_vocab_size
-    raise ConfigError(f"model.vocab_size is needed: with data.tokenizer = {data.tokenizer!r} only the data tells it")
 
 
 VERBS: dict[str, tuple[type[Options], str]] = {

@@ -7,9 +7,11 @@ imports neither JAX nor any other heavy package, so that `--help` answers quickl
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
+import re
 import tempfile
 import types
 import typing
@@ -22,6 +24,9 @@ T = TypeVar("T")
 
 VOCAB_ROW_MULTIPLE = 128
 """Rows of the embedding table are padded in memory to a multiple of this, so that every vocabulary splits."""
+
+BYTE_VOCAB_SIZE = 4 + 256
+"""Tokens of raw bytes: the special ones, and one for each byte."""
 
 MESH_AXES = ("replica", "fsdp", "expert", "context", "tensor", "stage")
 """The axes of the one device mesh, outermost (slowest links) first."""
@@ -316,15 +321,14 @@ _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
     "optimizer.beta1 optimizer.beta2 optimizer.momentum"
 ).split()
+_LEAST_OR_MINUS_ONE = {"parallel.replica": 1, "parallel.fsdp": 1, "parallel.tensor": 1, "parallel.process_id": 0}
+_LARGEST = {"seed": 2**32 - 1, "train.num_steps": 2**31 - 1}
 _AXIS_KEYS = ("replica", "fsdp", "tensor")
 
 
 def get(config: Config, key: str) -> Any:
     """Returns the value at a dotted key such as `model.width`."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def type_of(key: str) -> Any:
@@ -346,9 +350,7 @@ def keys(config_type: type = Config, prefix: str = "") -> tuple[str, ...]:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Returns ` (did you mean …?)` with the known spelling nearest to `word`, or nothing."""
-    leaves: dict[str, str] = {}
-    for key in known:
-        leaves.setdefault(key.rpartition(".")[2], key)
+    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
     word = word.replace("-", "_")
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     match = match or [leaves[leaf] for leaf in difflib.get_close_matches(word.rpartition(".")[2], list(leaves), n=1)]
@@ -357,7 +359,16 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def problems_of(config: Config) -> list[str]:
     """Returns every mistake in `config` that can be seen without looking at data or devices."""
-    return [*_range_problems(config), *_data_problems(config.data), *_model_problems(config), *_run_problems(config)]
+    problems = list(_range_problems(config))
+    wrong = {key for problem in problems for key in mentioned(problem)}
+    across = [*_data_problems(config.data), *_model_problems(config), *_run_problems(config)]
+    # What follows from a value that is impossible by itself is no mistake of its own.
+    return problems + [problem for problem in across if not mentioned(problem) & wrong]
+
+
+def mentioned(problem: str) -> set[str]:
+    """Returns the keys that a sentence names."""
+    return {key for key in keys() if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", problem)}
 
 
 def _range_problems(config: Config) -> Iterator[str]:
@@ -373,6 +384,10 @@ def _range_problems(config: Config) -> Iterator[str]:
             yield f"{key} = {value}: must not be negative"
         elif key in _SHARES and not (0 <= value < 1 or (key == "optimizer.final_ratio" and value == 1)):
             yield f"{key} = {value}: must be a share, at least 0 and below 1"
+        elif value != -1 and value < _LEAST_OR_MINUS_ONE.get(key, value):
+            yield f"{key} = {value}: must be at least {_LEAST_OR_MINUS_ONE[key]}, or -1"
+        elif value > _LARGEST.get(key, value):
+            yield f"{key} = {value}: must be at most {_LARGEST[key]}"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -387,8 +402,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     expected = 1 if data.path else len(data.source)
     if data.weights and len(data.weights) != expected:
         yield f"data.weights has {len(data.weights)} numbers for {expected} sources"
-    if any(weight <= 0 for weight in data.weights):
-        yield f"data.weights = {data.weights}: each must be greater than 0"
+    if not all(0 < weight < math.inf for weight in data.weights):
+        yield f"data.weights = {data.weights}: each must be a finite number greater than 0"
     if data.tokenizer == "huggingface" and not data.tokenizer_path:
         yield "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json"
     if data.tokenizer in ("bytes", "characters") and data.tokenizer_path:
@@ -407,6 +422,10 @@ def _model_problems(config: Config) -> Iterator[str]:
             yield f"model.positions = 'rotary' needs an even head width, not {odd}"
     if model.positions == "sinusoidal" and model.width % 2:
         yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
+    tokens = known_vocab_size(config.data)
+    if model.vocab_size is not None and tokens is not None and model.vocab_size < tokens:
+        advice = "give at least that, or leave it out"
+        yield f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokens} tokens: {advice}"
     length, rows = config.data.sequence_length, model.num_positions
     if model.positions == "learned" and rows is not None and rows < length:
         yield f"data.sequence_length = {length} is longer than model.num_positions = {rows}"
@@ -425,11 +444,16 @@ def _run_problems(config: Config) -> Iterator[str]:
     if train.num_microbatches > 0 and train.batch_size % train.num_microbatches:
         parts = f"train.num_microbatches = {train.num_microbatches}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"
-    axes = {name: getattr(parallel, name) for name in _AXIS_KEYS}
-    if list(axes.values()).count(-1) > 1:
-        yield f"parallel: at most one axis may be -1 ({axes})"
-    if any(size == 0 or size < -1 for size in axes.values()):
-        yield f"parallel: every axis must be greater than 0, or -1 for what is left ({axes})"
+    elif min(parallel.replica, parallel.fsdp, train.num_microbatches) > 0:
+        yield from _batch_problems(config, parallel.replica * parallel.fsdp)
+    free = [f"parallel.{name}" for name in _AXIS_KEYS if getattr(parallel, name) == -1]
+    if len(free) > 1:
+        yield f"{' = '.join(free)} = -1: only one axis can be what the others leave"
+    if parallel.coordinator and not re.fullmatch(r".+:\d+", parallel.coordinator):
+        yield f"parallel.coordinator = {parallel.coordinator!r}: must be HOST:PORT"
+    prompt = config.evaluation.sample_prompt
+    if prompt != prompt.encode(errors="replace").decode():
+        yield f"evaluation.sample_prompt = {prompt!r}: is not UTF-8"
     distributed = (bool(parallel.coordinator), parallel.num_processes > 0, parallel.process_id >= 0)
     if any(distributed) and not all(distributed):
         yield "parallel.coordinator, parallel.num_processes and parallel.process_id must be given together"
@@ -448,11 +472,13 @@ def mesh_problems(config: Config, num_devices: int) -> list[str]:
         devices = f"{num_devices} device{'s' * (num_devices != 1)}"
         return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
     sizes = mesh_axes(config, num_devices)
-    shards = sizes["replica"] * sizes["fsdp"]
-    batches = {
-        "train.batch_size / train.num_microbatches": config.train.batch_size // config.train.num_microbatches,
-        "evaluation.batch_size": config.evaluation.batch_size or config.train.batch_size,
-    }
+    return _batch_problems(config, sizes["replica"] * sizes["fsdp"])
+
+
+def _batch_problems(config: Config, shards: int) -> list[str]:
+    batches = {"train.batch_size / train.num_microbatches": config.train.batch_size // config.train.num_microbatches}
+    if config.evaluation.batch_size is not None:
+        batches["evaluation.batch_size"] = config.evaluation.batch_size
     devices = f"the {shards} data-parallel devices (parallel.replica x parallel.fsdp)"
     return [f"{key} = {size} is not divisible by {devices}" for key, size in batches.items() if size % shards]
 
@@ -464,6 +490,12 @@ def mesh_axes(config: Config, num_devices: int) -> dict[str, int]:
     return {axis: left if size == -1 else size for axis, size in sizes.items()}
 
 
+def known_vocab_size(data: DataConfig) -> int | None:
+    """Returns the number of the tokenizer's tokens where it is known without the data, else None."""
+    trained = data.tokenizer in ("bpe", "unigram") and not data.tokenizer_path
+    return data.tokenizer_vocab_size if trained else BYTE_VOCAB_SIZE if data.tokenizer == "bytes" else None
+
+
 def warmup_steps(config: Config) -> int:
     """Returns the length of the warm-up in steps, whichever way it is given."""
     tokens_per_step = max(1, config.train.batch_size * config.data.sequence_length)
@@ -472,10 +504,7 @@ def warmup_steps(config: Config) -> int:
 
 def validate(config: Config, num_devices: int | None = None) -> Config:
     """Returns `config`, or raises one `ConfigError` that lists everything wrong with it."""
-    problems = problems_of(config)
-    if not problems and num_devices is not None:
-        problems = mesh_problems(config, num_devices)
-    if problems:
+    if problems := problems_of(config) or (mesh_problems(config, num_devices) if num_devices is not None else []):
         raise ConfigError(problems)
     return config
 
@@ -502,14 +531,19 @@ def to_json(config: Config) -> str:
 def from_json(text: str, where: str = "config.json") -> Config:
     """Reads what `to_json` wrote; missing keys take their defaults, unknown ones and wrong types are all reported."""
     try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
+        config, problems = from_tree(json.loads(text))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
-    problems: list[str] = []
-    config = _build(Config, tree, "", problems)
     if problems:
         raise ConfigError([f"{where}: {problem}" for problem in problems])
     return config
+
+
+def from_tree(tree: Any) -> tuple[Config, list[str]]:
+    """Returns the configuration that nested dictionaries stand for, lists taken for tuples and whole numbers for
+    floats where those are declared, and a sentence for each mistake in them; what is wrong takes its default."""
+    problems: list[str] = []
+    return _build(Config, tree, "", problems), problems
 
 
 def _build(kind: type[T], tree: Any, prefix: str, problems: list[str]) -> T:
@@ -537,7 +571,8 @@ def _coerced(expected: Any, value: Any) -> Any:
         element = typing.get_args(expected)[0] if typing.get_origin(expected) is tuple else None
         return tuple(_coerced(element, item) for item in value)
     wants_float = expected is float or float in typing.get_args(expected)
-    return float(value) if wants_float and type(value) is int else value
+    fits = type(value) is int and value.bit_length() < 1024
+    return float(value) if wants_float and fits else value
 
 
 def _accepts(expected: Any, value: Any) -> bool:
@@ -567,13 +602,6 @@ def type_name(expected: Any) -> str:
     if arguments:
         return " or ".join("None" if argument is types.NoneType else type_name(argument) for argument in arguments)
     return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[expected]
-
-
-def normalized(config: Config) -> tuple[Config, list[str]]:
-    """Returns `config` with lists as tuples and whole numbers as floats where those are declared, and a sentence for
-    each value of another type (a recipe is plain Python), which takes its default."""
-    problems: list[str] = []
-    return _build(Config, dataclasses.asdict(config), "", problems), problems
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from transformer.config import ConfigError, write_atomically
+from transformer.config import BYTE_VOCAB_SIZE, ConfigError, write_atomically
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 """The special tokens of every tokenizer that we make: padding, begin and end of a document, unknown."""
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes: id = byte + 4."""
 
-    vocab_size, bos, eos, fingerprint = NUM_SPECIAL + 256, BOS, EOS, "bytes"
+    vocab_size, bos, eos, fingerprint = BYTE_VOCAB_SIZE, BOS, EOS, "bytes"
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + NUM_SPECIAL
