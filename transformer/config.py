@@ -436,11 +436,12 @@ def _run_problems(config: Config) -> Iterator[str]:
     total, warmup = f"train.num_steps = {train.num_steps}", warmup_steps(config)
     if optimizer.warmup_steps and optimizer.warmup_tokens:
         yield "optimizer.warmup_steps and optimizer.warmup_tokens are both set: give one"
+    decay = round(optimizer.decay_share * train.num_steps) if 0 <= optimizer.decay_share < 1 else 0
     if 0 < train.num_steps < warmup:
         yield f"the warm-up of {warmup} steps (optimizer.warmup_steps, optimizer.warmup_tokens) is longer than {total}"
-    decay = round(optimizer.decay_share * train.num_steps) if 0 <= optimizer.decay_share < 1 else 0
-    if optimizer.schedule == "wsd" and warmup + decay > train.num_steps:
-        yield f"warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
+    elif optimizer.schedule == "wsd" and warmup + decay > train.num_steps:
+        parts = f"the warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
+        yield f"optimizer.schedule = 'wsd': {parts}"
     if train.num_microbatches > 0 and train.batch_size % train.num_microbatches:
         parts = f"train.num_microbatches = {train.num_microbatches}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"

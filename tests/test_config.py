@@ -1,0 +1,383 @@
+"""The configuration: one place for defaults, help for every key, every mistake at once, JSON and back."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transformer import config as module
+from transformer.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    from_json,
+    from_tree,
+    get,
+    keys,
+    mesh_axes,
+    mesh_problems,
+    nearest,
+    problems_of,
+    replace,
+    to_json,
+    type_of,
+    validate,
+    warmup_steps,
+    write_atomically,
+)
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)]
+
+
+def changed(key: str, value: Any, start: Config | None = None) -> Config:
+    section, _, name = key.rpartition(".")
+    change: dict[str, Any] = {section: {name: value}} if section else {name: value}
+    return replace(start or Config(), **change)
+
+
+# Keys.
+
+
+def test_defaults_are_valid() -> None:
+    assert problems_of(Config()) == []
+    assert validate(Config(), 1) == Config()
+
+
+def test_every_key_has_help_a_type_and_a_default() -> None:
+    """A field's docstring is its help text: one sentence at least, with a full stop."""
+    for kind in (Config, *(typing.cast(type, item.type) for item in SECTIONS)):
+        (body,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(body, ast.ClassDef)
+        for this, following in zip(body.body, [*body.body[1:], None], strict=True):
+            if isinstance(this, ast.AnnAssign) and ast.unparse(this.target) not in {item.name for item in SECTIONS}:
+                assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant), ast.unparse(this)
+                text = str(following.value.value)
+                assert len(text) > 10 and text.endswith("."), (ast.unparse(this), text)
+                assert this.value is not None, ast.unparse(this)
+    assert {key.partition(".")[0] for key in keys() if "." in key} == {item.name for item in SECTIONS}
+    assert all(type_of(key) is not None and get(Config(), key) is not Ellipsis for key in keys())
+
+
+def test_defaults_stand_nowhere_else() -> None:
+    """No fallback beside the declared default: neither `getattr` with a third argument nor `.get` on a configuration."""
+    found = []
+    for path in (ROOT / "transformer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            fallback = isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 3
+            lookup = isinstance(node.func, ast.Attribute) and node.func.attr == "get"
+            about = [ast.unparse(node.args[0])] if fallback else []
+            about += [ast.unparse(node.func.value)] if lookup and isinstance(node.func, ast.Attribute) else []
+            names = [item.name for item in SECTIONS]
+            if any(text.split(".")[-1] in ("config", *names) for text in about) and path.name != "config.py":
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, "\n".join(found)
+
+
+def test_configuration_cannot_be_changed() -> None:
+    for part in (Config(), Config().model):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.seed = 3  # pyright: ignore
+
+
+def test_replace_goes_one_level_deep() -> None:
+    config = replace(Config(), model={"width": 128}, seed=4)
+    assert (config.model.width, config.seed) == (128, 4)
+    assert config.model.num_layers == Config().model.num_layers
+    assert config.data is Config().data or config.data == Config().data
+
+
+# Derived values.
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, 1024), ({"activation": "swiglu"}, 704), ({"activation": "geglu", "feedforward_width": 9}, 9)],
+)
+def test_feedforward_width(changes: dict[str, Any], expected: int) -> None:
+    """8 / 3 of 256 is 682.7, up to a multiple of 64: 704."""
+    assert ModelConfig(width=256, **changes).ff_width == expected
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 128), (128, 128), (129, 256), (50_257, 50_304)])
+def test_vocabulary_is_padded(vocab: int, rows: int) -> None:
+    assert ModelConfig(vocab_size=vocab).vocab_rows == rows
+
+
+def test_warmup_in_steps_or_tokens() -> None:
+    size = {"train": {"batch_size": 4}, "data": {"sequence_length": 10}}
+    assert warmup_steps(replace(Config(), **size, optimizer={"warmup_steps": 7})) == 7
+    assert warmup_steps(replace(Config(), **size, optimizer={"warmup_tokens": 80})) == 2
+    assert warmup_steps(replace(Config(), **size, optimizer={"warmup_tokens": 81})) == 3
+
+
+# Validation. Each case is one mistake, and gives one message that names its keys.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *((key, 0, "must be greater than 0") for key in module._POSITIVE),
+        *((key, -2, "must be greater than 0") for key in module._POSITIVE),
+        *((key, -1, "must not be negative") for key in module._NOT_NEGATIVE),
+        *((key, 1.5, "must be a share") for key in module._SHARES),
+        *((key, -0.1, "must be a share") for key in module._SHARES),
+        *((key, 0, "or -1") for key in ("parallel.replica", "parallel.fsdp", "parallel.tensor")),
+        *((key, -2, "or -1") for key in module._LEAST_OR_MINUS_ONE),
+        *((key, 2**32, "must be at most") for key in module._LARGEST),
+        *((key, float("nan"), "finite") for key in keys() if type_of(key) is float),
+        *((key, float("inf"), "finite") for key in keys() if type_of(key) is float),
+    ],
+)
+def test_ranges(key: str, value: Any, expected: str) -> None:
+    (problem,) = problems_of(changed(key, value))
+    assert problem.startswith(f"{key} = {value}: ") and expected in problem
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if type_of(key) in (int, float)])
+def test_every_number_has_a_range(key: str) -> None:
+    """A new key must say what it allows: some number is refused for every numeric key."""
+    extremes = (-(10**6), 10**12) if type_of(key) is int else (-1e6, 1e12)
+    unbounded = {"model.rotary_base"}
+    assert key in unbounded or any(problems_of(changed(key, value)) for value in extremes), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {"num_heads": 3}}, ["model.width = 256", "model.num_heads = 3"]),
+        ({"model": {"num_heads": 4, "num_kv_heads": 3}}, ["model.num_heads = 4", "model.num_kv_heads = 3"]),
+        ({"model": {"head_width": 31}}, ["model.positions = 'rotary'", "even", "31"]),
+        ({"model": {"positions": "sinusoidal", "width": 255, "num_heads": 5}}, ["model.width", "255", "even"]),
+        (
+            {"model": {"positions": "learned", "num_positions": 100}},
+            ["data.sequence_length = 256", "model.num_positions = 100"],
+        ),
+        ({"model": {"vocab_size": 100}}, ["model.vocab_size = 100", "4096"]),
+        ({"model": {"vocab_size": 259}, "data": {"tokenizer": "bytes"}}, ["model.vocab_size = 259", "260"]),
+        ({"optimizer": {"warmup_steps": 5, "warmup_tokens": 5}}, ["optimizer.warmup_steps", "optimizer.warmup_tokens"]),
+        ({"optimizer": {"warmup_steps": 1001}}, ["1001", "train.num_steps = 1000"]),
+        (
+            {"optimizer": {"schedule": "wsd", "warmup_steps": 900}},
+            ["900", "200", "optimizer.decay_share", "train.num_steps = 1000"],
+        ),
+        ({"train": {"num_microbatches": 3}}, ["train.batch_size = 16", "train.num_microbatches = 3"]),
+        ({"parallel": {"fsdp": 3}}, ["train.batch_size", "16", "parallel.fsdp"]),
+        ({"parallel": {"fsdp": 2, "replica": 8}, "evaluation": {"batch_size": 24}}, ["evaluation.batch_size = 24"]),
+        ({"parallel": {"tensor": -1}}, ["parallel.fsdp", "parallel.tensor", "-1"]),
+        ({"parallel": {"coordinator": "host:1", "num_processes": 2}}, ["parallel.process_id", "together"]),
+        ({"parallel": {"coordinator": "host", "num_processes": 1, "process_id": 0}}, ["'host'", "HOST:PORT"]),
+        (
+            {"parallel": {"coordinator": "host:1", "num_processes": 2, "process_id": 2}},
+            ["parallel.process_id = 2", "parallel.num_processes = 2"],
+        ),
+        ({"data": {"source": ()}}, ["data.source", "data.path"]),
+        ({"data": {"source": ("python_stdlb",)}}, ["'python_stdlb'", "did you mean python_stdlib"]),
+        ({"data": {"source": ("tfds",)}}, ["'tfds'", "tfds:NAME"]),
+        ({"data": {"source": ("tfds:",)}}, ["'tfds:'", "tfds:NAME"]),
+        ({"data": {"weights": (1.0, 2.0)}}, ["data.weights", "2", "1 source"]),
+        ({"data": {"weights": (0.0,)}}, ["data.weights", "greater than 0"]),
+        ({"data": {"weights": (float("nan"),)}}, ["data.weights", "finite"]),
+        ({"data": {"tokenizer": "huggingface"}}, ["data.tokenizer_path"]),
+        ({"data": {"tokenizer": "bytes", "tokenizer_path": "x"}}, ["data.tokenizer_path = 'x'", "bytes"]),
+        ({"evaluation": {"sample_prompt": "\udcff"}}, ["evaluation.sample_prompt", "UTF-8"]),
+    ],
+)
+def test_keys_that_contradict_each_other(changes: dict[str, Any], named: list[str]) -> None:
+    (problem,) = problems_of(replace(Config(), **changes))
+    assert all(part in problem for part in named), problem
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"num_heads": 3, "head_width": 64}},
+        {"model": {"num_heads": 4, "num_kv_heads": 1}},
+        {"model": {"num_positions": 100}},
+        {"model": {"vocab_size": 5000}},
+        {"data": {"path": ("a.txt",), "source": ("nonsense",)}},
+        {"data": {"source": ("python_stdlib", "hf:x/y", "local_text:*.txt", "tfds:c4/en"), "weights": (1.0,) * 4}},
+        {"optimizer": {"final_ratio": 1.0}},
+        {"optimizer": {"schedule": "wsd", "warmup_steps": 800}},
+        {"optimizer": {"warmup_steps": 1000}},
+        {"parallel": {"coordinator": "host:1", "num_processes": 2, "process_id": 0}},
+        {"parallel": {"fsdp": 1, "tensor": -1}},
+        {"data": {"validation_tail": 0.1}, "model": {"dropout": 0.0}},
+    ],
+)
+def test_what_is_allowed(changes: dict[str, Any]) -> None:
+    assert problems_of(replace(Config(), **changes)) == []
+
+
+def test_all_mistakes_at_once() -> None:
+    config = replace(
+        Config(),
+        model={"num_heads": 7, "dropout": 1.0},
+        optimizer={"learning_rate": -1.0},
+        train={"batch_size": 15, "num_microbatches": 2},
+        data={"source": ("nothing",)},
+    )
+    with pytest.raises(ConfigError) as raised:
+        validate(config)
+    named = ["model.num_heads", "model.dropout", "optimizer.learning_rate", "train.batch_size", "data.source"]
+    assert len(raised.value.problems) == 5
+    for key in named:
+        assert sum(key in problem for problem in raised.value.problems) == 1, key
+    assert str(raised.value).splitlines() == list(raised.value.problems)
+
+
+def test_one_mistake_is_one_message() -> None:
+    """What only follows from an impossible value is not told."""
+    for key in ("model.num_heads", "model.width", "train.batch_size", "train.num_microbatches", "data.sequence_length"):
+        assert len(problems_of(changed(key, 0))) == 1, key
+
+
+# Mesh.
+
+
+@pytest.mark.parametrize(
+    ("axes", "devices", "expected"),
+    [
+        ({}, 8, {"fsdp": 8}),
+        ({"fsdp": 2, "tensor": -1}, 8, {"fsdp": 2, "tensor": 4}),
+        ({"replica": 2, "fsdp": 2, "tensor": 2}, 8, {"replica": 2, "fsdp": 2, "tensor": 2}),
+        ({"replica": -1, "fsdp": 1}, 4, {"replica": 4}),
+    ],
+)
+def test_mesh_axes(axes: dict[str, int], devices: int, expected: dict[str, int]) -> None:
+    config = replace(Config(), parallel=axes)
+    assert mesh_problems(config, devices) == []
+    sizes = mesh_axes(config, devices)
+    assert list(sizes) == ["replica", "fsdp", "expert", "context", "tensor", "stage"]
+    assert {name: size for name, size in sizes.items() if size > 1} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "named"),
+    [
+        ({"parallel": {"fsdp": 2}}, 8, ["parallel.fsdp = 2", "does not match", "8 devices"]),
+        ({"parallel": {"tensor": 3}}, 8, ["parallel.tensor = 3", "does not divide", "8 devices"]),
+        ({"parallel": {"tensor": 2}}, 1, ["does not divide the 1 device at hand"]),
+        ({"train": {"batch_size": 12}}, 8, ["train.batch_size", "12", "8 data-parallel devices"]),
+        ({"train": {"num_microbatches": 4}}, 8, ["train.num_microbatches = 4", "8 data-parallel"]),
+        ({"evaluation": {"batch_size": 12}}, 8, ["evaluation.batch_size = 12", "8 data-parallel"]),
+    ],
+)
+def test_mesh_against_devices_and_batch(changes: dict[str, Any], devices: int, named: list[str]) -> None:
+    config = replace(Config(), **changes)
+    (problem,) = mesh_problems(config, devices)
+    assert all(part in problem for part in named), problem
+    with pytest.raises(ConfigError):
+        validate(config, devices)
+
+
+# JSON.
+
+
+def test_json_there_and_back() -> None:
+    config = replace(
+        Config(),
+        data={"path": ("a", "b\n√"), "weights": (0.25,), "validation_tail": 0.3},
+        model={"vocab_size": 7, "scan_layers": True},
+        optimizer={"learning_rate": 1 / 3},
+        seed=2**32 - 1,
+    )
+    text = to_json(config)
+    assert from_json(text) == config
+    assert to_json(from_json(text)) == text
+    written = json.loads(text)
+    for key in keys():
+        node = written
+        for part in key.split("."):
+            node = node[part]
+    assert hash(from_json(text)) == hash(config), "lists have become tuples"
+
+
+def test_missing_keys_take_their_defaults_and_whole_numbers_are_floats() -> None:
+    config = from_json('{"optimizer": {"learning_rate": 1}, "data": {"weights": [1, 2]}}')
+    assert config == replace(Config(), optimizer={"learning_rate": 1.0}, data={"weights": (1.0, 2.0)})
+    assert isinstance(config.optimizer.learning_rate, float) and isinstance(config.data.weights[0], float)
+
+
+def test_every_mistake_of_a_file_is_told() -> None:
+    tree = {
+        "modle": {"width": 3},
+        "model": {"widht": 3, "num_layers": "four", "biases": 1, "num_heads": 4.0, "vocab_size": True},
+        "optimizer": {"schedule": "cosin", "learning_rate": None},
+        "data": {"path": "a.txt", "weights": [1, "x"]},
+        "train": 3,
+    }
+    with pytest.raises(ConfigError) as raised:
+        from_json(json.dumps(tree), "run/config.json")
+    problems = raised.value.problems
+    assert all(problem.startswith("run/config.json: ") for problem in problems)
+    expected = [
+        "modle is not a key",
+        "model.widht is not a key (did you mean model.width?)",
+        "model.num_layers = 'four': must be a whole number",
+        "model.biases = 1: must be True or False",
+        "model.num_heads = 4.0: must be a whole number",
+        "model.vocab_size = True: must be a whole number or None",
+        "optimizer.schedule = 'cosin': must be one of cosine, linear, wsd, constant (did you mean cosine?)",
+        "optimizer.learning_rate = None: must be a number",
+        "data.path = 'a.txt': must be any number of values, each text",
+        "data.weights = (1.0, 'x'): must be any number of values, each a number",
+        "train must be an object, not 3",
+    ]
+    assert len(problems) == len(expected)
+    for text in expected:
+        assert any(text in problem for problem in problems), (text, problems)
+
+
+def test_what_is_wrong_takes_its_default() -> None:
+    config, problems = from_tree({"model": {"width": "x", "num_layers": 3}})
+    assert config == replace(Config(), model={"num_layers": 3}) and len(problems) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "3", "[" * 100_000])
+def test_what_is_not_a_configuration(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"here\.json"):
+        from_json(text, "here.json")
+
+
+# Spelling.
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("model.widht", "model.width"),
+        ("learning-rate", "optimizer.learning_rate"),
+        ("optimizer.lerning_rate", "optimizer.learning_rate"),
+        ("train.batchsize", "train.batch_size"),
+        ("sede", "seed"),
+    ],
+)
+def test_nearest(word: str, expected: str) -> None:
+    assert nearest(word, keys()) == f" (did you mean {expected}?)"
+
+
+def test_nothing_near() -> None:
+    assert nearest("xyzzy_q", keys()) == ""
+
+
+# Files.
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_atomically(path, "before")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(module.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space")))
+        write_atomically(path, "after")
+    assert path.read_text() == "before"
+    assert list(path.parent.iterdir()) == [path]
+    write_atomically(path, b"after")
+    assert path.read_text() == "after" and path.stat().st_mode & 0o777 == 0o644
