@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformer.config import Config
+from transformer.config import Config, ConfigError
 
 _started = False
 
@@ -42,17 +42,27 @@ def find_processes(config: Config, environ: Mapping[str, str]) -> dict | None:
 
     In order of precedence: the configuration; `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
     `JAX_PROCESS_ID` (for Kubernetes' indexed jobs, `JOB_COMPLETION_INDEX` stands for the last); Slurm, and
-    the hosts of a TPU slice, which JAX itself knows how to read.
+    the hosts of a TPU slice, which JAX itself knows how to read. Raises ConfigError for half a set of variables.
     """
     parallel = config.parallel
     if parallel.coordinator:
         return _processes(parallel.coordinator, parallel.num_processes, parallel.process_id)
-    if "JAX_COORDINATOR_ADDRESS" in environ and "JAX_NUM_PROCESSES" in environ:
-        index = environ.get("JAX_PROCESS_ID", environ.get("JOB_COMPLETION_INDEX", "0"))
-        return _processes(environ["JAX_COORDINATOR_ADDRESS"], int(environ["JAX_NUM_PROCESSES"]), int(index))
     in_slurm_step = "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
     several_tpu_hosts = "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-    return {} if in_slurm_step or several_tpu_hosts else None
+    known_to_jax = in_slurm_step or several_tpu_hosts
+    if "JAX_COORDINATOR_ADDRESS" in environ and ("JAX_NUM_PROCESSES" in environ or not known_to_jax):
+        in_job = "JAX_PROCESS_ID" not in environ and "JOB_COMPLETION_INDEX" in environ
+        names = ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX" if in_job else "JAX_PROCESS_ID")
+        values = [environ.get(name, "") for name in names]
+        problem = " = {!r}: must be a whole number, for JAX_COORDINATOR_ADDRESS is set"
+        problems = [name + problem.format(v) for name, v in zip(names, values, strict=True) if not v.isdecimal()]
+        if problems:
+            raise ConfigError(problems)
+        count, index = map(int, values)
+        if index >= count:
+            raise ConfigError(f"{names[1]} = {index}: must be below JAX_NUM_PROCESSES = {count}")
+        return _processes(environ["JAX_COORDINATOR_ADDRESS"], count, index)
+    return {} if known_to_jax else None
 
 
 def _processes(address: str, count: int, index: int) -> dict:
