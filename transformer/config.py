@@ -415,11 +415,11 @@ def _model_problems(config: Config) -> Iterator[str]:
     if model.num_heads > 0:
         if model.head_width is None and model.width % model.num_heads:
             yield f"model.width = {model.width} is not divisible by {heads}: change one, or set model.head_width"
-        if model.kv_heads > 0 and model.num_heads % model.kv_heads:
-            yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
-        if model.positions == "rotary" and model.head_dim % 2:
+        elif model.positions == "rotary" and model.head_dim % 2:
             odd = f"{model.head_dim} (model.head_width, or model.width / model.num_heads)"
             yield f"model.positions = 'rotary' needs an even head width, not {odd}"
+        if model.kv_heads > 0 and model.num_heads % model.kv_heads:
+            yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
     if model.positions == "sinusoidal" and model.width % 2:
         yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
     tokens = known_vocab_size(config.data)
