@@ -6,7 +6,7 @@ import inspect
 import json
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -14,11 +14,14 @@ from transformer import config as module
 from transformer.config import (
     Config,
     ConfigError,
+    DataConfig,
     ModelConfig,
     from_json,
     from_tree,
     get,
     keys,
+    known_vocab_size,
+    mentioned,
     mesh_axes,
     mesh_problems,
     nearest,
@@ -216,6 +219,54 @@ def test_what_is_allowed(changes: dict[str, Any]) -> None:
     assert problems_of(replace(Config(), **changes)) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model.dropout": 1.0}, "model.dropout = 1.0: must be a share, at least 0 and below 1"),
+        ({"seed": 2**32}, "seed = 4294967296: must be at most 4294967295"),
+        ({"parallel.process_id": -2}, "parallel.process_id = -2: must be at least 0, or -1"),
+        (
+            {"data.source": ("python_stdlib", "tdfs:lm1b")},
+            "data.source = 'tdfs:lm1b': must be one of python_stdlib, local_text:PATH, tfds:NAME, hf:NAME "
+            "(did you mean tfds?)",
+        ),
+        ({"data.weights": (1.0, 2.0), "data.path": ("a", "b")}, "data.weights has 2 numbers for 1 sources"),
+        ({"data.weights": (float("inf"),)}, "data.weights = (inf,): each must be a finite number greater than 0"),
+        (
+            {"model.width": 36},
+            "model.positions = 'rotary' needs an even head width, not 9 "
+            "(model.head_width, or model.width / model.num_heads)",
+        ),
+        (
+            {"model.vocab_size": 299, "data.tokenizer": "unigram", "data.tokenizer_vocab_size": 300},
+            "model.vocab_size = 299 is smaller than the tokenizer's 300 tokens: give at least that, or leave it out",
+        ),
+        (
+            {"optimizer.warmup_tokens": 16 * 256 * 1000 + 1, "optimizer.schedule": "wsd"},
+            "the warm-up of 1001 steps (optimizer.warmup_steps, optimizer.warmup_tokens) is longer than "
+            "train.num_steps = 1000",
+        ),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 801},
+            "optimizer.schedule = 'wsd': the warm-up (801 steps) and decay (200, optimizer.decay_share) overlap in "
+            "train.num_steps = 1000",
+        ),
+        (
+            {"parallel.fsdp": 8, "train.num_microbatches": 4},
+            "train.batch_size / train.num_microbatches = 4 is not divisible by the 8 data-parallel devices "
+            "(parallel.replica x parallel.fsdp)",
+        ),
+        ({"parallel.tensor": -1}, "parallel.fsdp = parallel.tensor = -1: only one axis can be what the others leave"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    config = Config()
+    for key, value in changes.items():
+        config = changed(key, value, config)
+    assert problems_of(config) == [sentence]
+    assert mentioned(sentence) & changes.keys(), "it names a key that was changed"
+
+
 def test_all_mistakes_at_once() -> None:
     config = replace(
         Config(),
@@ -237,6 +288,37 @@ def test_one_mistake_is_one_message() -> None:
     """What only follows from an impossible value is not told."""
     for key in ("model.num_heads", "model.width", "train.batch_size", "train.num_microbatches", "data.sequence_length"):
         assert len(problems_of(changed(key, 0))) == 1, key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.width": -5},
+        {"train.batch_size": -3, "train.num_microbatches": 2},
+        {"train.num_microbatches": 0, "parallel.fsdp": 8},
+        {"data.sequence_length": -2, "model.positions": "learned", "model.num_positions": -3},
+        {"optimizer.decay_share": 2.0, "optimizer.schedule": "wsd"},
+        {"train.num_steps": -1, "optimizer.warmup_steps": 5, "optimizer.schedule": "wsd"},
+        {"parallel.fsdp": 0, "parallel.replica": 0},
+    ],
+    ids=str,
+)
+def test_what_follows_from_an_impossible_value_is_not_told_too(changes: dict[str, Any]) -> None:
+    config = Config()
+    for key, value in changes.items():
+        config = changed(key, value, config)
+    problems = problems_of(config)
+    assert problems and all(": must " in problem for problem in problems), problems
+    assert len({problem.partition(" =")[0] for problem in problems}) == len(problems)
+
+
+def test_the_vocabulary_is_known_without_the_data_where_it_can_be() -> None:
+    from transformer.data.tokenizers import ByteTokenizer
+
+    assert known_vocab_size(DataConfig()) == DataConfig().tokenizer_vocab_size
+    assert known_vocab_size(DataConfig(tokenizer="bytes")) == ByteTokenizer().vocab_size
+    others = (DataConfig(tokenizer="characters"), DataConfig(tokenizer_path="x"), DataConfig(tokenizer="huggingface"))
+    assert [known_vocab_size(data) for data in others] == [None] * 3
 
 
 # Mesh.
@@ -300,6 +382,26 @@ def test_json_there_and_back() -> None:
     assert hash(from_json(text)) == hash(config), "lists have become tuples"
 
 
+def _other(key: str) -> Any:
+    """A value of a key's type that is not its default, where there is another."""
+    kind, default = type_of(key), get(Config(), key)
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return next((choice for choice in arguments if choice != default), default)
+    if typing.get_origin(kind) is tuple:
+        return (0.5, 2.0) if arguments[0] is float else ("ä\n\"'\\", "b c")
+    base = next(argument for argument in arguments if argument is not type(None)) if arguments else kind
+    return {bool: not default, int: 123, float: 0.1 + 0.2, str: "tëxt\t\u2028\0"}[base]
+
+
+def test_json_gives_back_every_key() -> None:
+    config = Config()
+    for key in keys():
+        config = changed(key, _other(key), config)
+    assert [key for key in keys() if get(config, key) == get(Config(), key)] == ["objective.name"]
+    assert from_json(to_json(config)) == config
+
+
 def test_missing_keys_take_their_defaults_and_whole_numbers_are_floats() -> None:
     config = from_json('{"optimizer": {"learning_rate": 1}, "data": {"weights": [1, 2]}}')
     assert config == replace(Config(), optimizer={"learning_rate": 1.0}, data={"weights": (1.0, 2.0)})
@@ -336,12 +438,38 @@ def test_every_mistake_of_a_file_is_told() -> None:
         assert any(text in problem for problem in problems), (text, problems)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('"seed": null', "seed = None: must be a whole number"),
+        ('"seed": true', "seed = True: must be a whole number"),
+        ('"sed": 1', "sed is not a key (did you mean seed?)"),
+        ('"width": 5', "width is not a key (did you mean model.width?)"),
+        ('"model": {"qqqqqq": 5}', "model.qqqqqq is not a key"),
+        ('"model": {"scan_layers": 1}', "model.scan_layers = 1: must be True or False or None"),
+        ('"model": {"dropout": true}', "model.dropout = True: must be a number"),
+        (
+            '"model": {"activation": {"a": [1]}}',
+            "model.activation = {'a': [1]}: must be one of gelu, relu, swiglu, geglu",
+        ),
+        ('"data": {"path": [1]}', "data.path = (1,): must be any number of values, each text"),
+        ('"data": {"weights": [[1]]}', "data.weights = ((1,),): must be any number of values, each a number"),
+        ('"data": {"validation_tail": []}', "data.validation_tail = (): must be a number or None"),
+        ('"data": {"cache_dir": null}', "data.cache_dir = None: must be text"),
+        ('"optimizer": {"epsilon": 1' + "0" * 400 + "}", f"optimizer.epsilon = {10**400}: must be a number"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_wrong_key_or_type_is_told_in_one_sentence(text: str, sentence: str) -> None:
+    assert from_tree(json.loads(f"{{{text}}}")) == (Config(), [sentence])
+
+
 def test_what_is_wrong_takes_its_default() -> None:
     config, problems = from_tree({"model": {"width": "x", "num_layers": 3}})
     assert config == replace(Config(), model={"num_layers": 3}) and len(problems) == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "3", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "3", "[" * 100_000, '{"seed": ' + "1" * 5000 + "}"])
 def test_what_is_not_a_configuration(text: str) -> None:
     with pytest.raises(ConfigError, match=r"here\.json"):
         from_json(text, "here.json")
@@ -362,6 +490,22 @@ def test_what_is_not_a_configuration(text: str) -> None:
 )
 def test_nearest(word: str, expected: str) -> None:
     assert nearest(word, keys()) == f" (did you mean {expected}?)"
+
+
+@pytest.mark.parametrize("key", keys())
+def test_a_misspelt_key_finds_itself(key: str) -> None:
+    """Two letters in the middle of its name swapped, with its section, in underscores and in dashes."""
+    section, dot, name = key.rpartition(".")
+    middle = len(name) // 2
+    swapped = name[: middle - 1] + name[middle] + name[middle - 1] + name[middle + 1 :]
+    swapped = section + dot + (name[:-1] if swapped == name else swapped)
+    assert nearest(swapped, keys()) == nearest(swapped.replace("_", "-"), keys()) == f" (did you mean {key}?)"
+
+
+def test_mentioned_keys_are_whole_words() -> None:
+    assert mentioned("model.width = 3, data.path.") == {"model.width", "data.path"}
+    assert mentioned("xmodel.width model.widths model.width_x a.model.width model.width.x") == set()
+    assert mentioned("--train.num-steps and the tokenizer_path") == set()
 
 
 def test_nothing_near() -> None:
