@@ -89,7 +89,7 @@ def test_mesh_takes_what_is_left(tiny_config):
 @pytest.mark.parametrize(
     ("parallel", "train", "words"),
     [
-        ({"fsdp": 3}, {}, ["parallel.fsdp = 3", "8 devices"]),
+        ({"fsdp": 3}, {"batch_size": 6}, ["parallel.fsdp = 3", "8 devices"]),
         ({"fsdp": -1, "tensor": 3}, {}, ["parallel.tensor = 3", "does not divide"]),
         ({"fsdp": 8}, {"batch_size": 12}, ["train.batch_size", "12", "8 data-parallel"]),
         ({"fsdp": 8}, {"num_microbatches": 2}, ["train.num_microbatches", "= 4", "8 data-parallel"]),
