@@ -1,5 +1,7 @@
 """Two processes of four simulated devices each, through train.py, against one process of eight."""
 
+import contextlib
+import random
 import shutil
 import socket
 import subprocess
@@ -31,9 +33,12 @@ def config(make_run: Make) -> Config:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Returns one of the last 4096 ports: under Slurm JAX takes one of these, and the system gives them to nobody."""
+    for port in random.sample(range(2**16 - 4096, 2**16), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def by_flags(index: int, port: int) -> tuple[list[str], dict[str, str]]:
@@ -47,7 +52,7 @@ def by_kubernetes(index: int, port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def by_slurm(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    # JAX finds the port in the last twelve bits of the job's number.
+    # The port is in the last twelve bits of the job's number.
     environ = {"SLURM_JOB_ID": str(port % 4096), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_NUM_NODES": "1"}
     return [], environ | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
 
