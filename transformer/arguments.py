@@ -78,11 +78,12 @@ def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT
     options: OptionsT = cast(Any, kind)(config=base)
     if {"-h", "--help"} & set(arguments):
         tyro.cli(kind, prog=prog, args=["--help"], default=options)
-    flags = [argument for group in groups for argument in _switch(group)]
-    parsed = _parse(kind, flags, options)
     spelt = {"recipe": "config", "as_json": "json"}
     own = {spelt.get(name, name): hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
     types = {key: type_of(key) for key in keys()} | own
+    groups = _joined(groups, types)
+    flags = [argument for group in groups for argument in _switch(group)]
+    parsed = _parse(kind, flags, options)
     # tyro stops at the first kind of mistake, so then each option is parsed by itself.
     for group in groups if parsed is None else ():
         single = _parse(kind, _switch(group), options)
@@ -115,6 +116,19 @@ def _groups(arguments: Sequence[str]) -> list[list[str]]:
         else:
             groups.append([argument])
     return groups
+
+
+def _joined(groups: list[list[str]], types: dict[str, Any]) -> list[list[str]]:
+    """Returns the options with those of several values once, also where the command line repeats them."""
+    joined: list[list[str]] = []
+    first: dict[str, list[str]] = {}
+    for flag, *values in groups:
+        if _key(flag) in first and typing.get_origin(types.get(_key(flag))) is tuple:
+            first[_key(flag)] += values
+        else:
+            first[_key(flag)] = [flag, *values]
+            joined.append(first[_key(flag)])
+    return joined
 
 
 def _key(flag: str) -> str:
