@@ -13,7 +13,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.run import load_run
@@ -230,7 +230,7 @@ def test_the_step_is_traced_once_and_nothing_compiles_after_the_first_validation
     compiled: list[str] = []
     watching = False
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if watching and event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
