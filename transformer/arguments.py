@@ -69,19 +69,16 @@ def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT
     The defaults of the configuration are those of the recipe after `--config`, or of the run in `--workdir`
     for options without a recipe. Raises ConfigError with every mistake in recipe and command line.
     """
-    groups = _groups(arguments)
-    origin = "config" if hasattr(kind, "recipe") else "workdir"
-    named = [values[-1] for flag, *values in groups if flag == f"--{origin}" and values]
-    base, problems, sound = Config(), [], True
-    if named:
-        base, problems, sound = load_config(named[-1]) if origin == "config" else load_run_config(named[-1])
-    options: OptionsT = cast(Any, kind)(config=base)
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(kind, prog=prog, args=["--help"], default=options)
     spelt = {"recipe": "config", "as_json": "json"}
     own = {spelt.get(name, name): hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
     types = {key: type_of(key) for key in keys()} | own
-    groups = _joined(groups, types)
+    groups = _groups(arguments, types)
+    origin = "--config" if hasattr(kind, "recipe") else "--workdir"
+    named = [values[0] for flag, *values in groups if flag == origin and values]
+    base, problems, sound = load_config(named[0], origin == "--workdir") if named else (Config(), [], True)
+    options: OptionsT = cast(Any, kind)(config=base)
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(kind, prog=prog, args=["--help"], default=options)
     flags = [argument for group in groups for argument in _switch(group)]
     parsed = _parse(kind, flags, options)
     # tyro stops at the first kind of mistake, so then each option is parsed by itself.
@@ -104,31 +101,22 @@ def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT
     return options
 
 
-def _groups(arguments: Sequence[str]) -> list[list[str]]:
-    """Splits a command line into options, each with its values; a negative number is a value."""
+def _groups(arguments: Sequence[str], types: dict[str, Any]) -> list[list[str]]:
+    """Splits a command line into options, each once with its values; a negative number is a value. Of an option that
+    is repeated the last counts, or all where it takes several values."""
     groups: list[list[str]] = []
     for argument in arguments:
-        if re.match(r"--?[A-Za-z][\w.-]*(=|$)", argument):
-            flag, equals, value = argument.partition("=")
+        flag, equals, value = argument.partition("=")
+        if not groups or re.fullmatch(r"--?[A-Za-z][\w.-]*", flag):
             groups.append([flag, value] if equals else [flag])
-        elif groups:
+        else:
             groups[-1].append(argument)
-        else:
-            groups.append([argument])
-    return groups
-
-
-def _joined(groups: list[list[str]], types: dict[str, Any]) -> list[list[str]]:
-    """Returns the options with those of several values once, also where the command line repeats them."""
-    joined: list[list[str]] = []
-    first: dict[str, list[str]] = {}
+    joined: dict[str, list[str]] = {}
     for flag, *values in groups:
-        if _key(flag) in first and typing.get_origin(types.get(_key(flag))) is tuple:
-            first[_key(flag)] += values
-        else:
-            first[_key(flag)] = [flag, *values]
-            joined.append(first[_key(flag)])
-    return joined
+        before = joined.pop(_key(flag), [flag])
+        several = typing.get_origin(types.get(_key(flag))) is tuple
+        joined[_key(flag)] = [*(before if several else [flag]), *values]
+    return list(joined.values())
 
 
 def _key(flag: str) -> str:
@@ -146,11 +134,9 @@ def _switch(group: list[str]) -> list[str]:
 
 
 def _parse(kind: type[OptionsT], arguments: Sequence[str], default: OptionsT) -> OptionsT | None:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            return tyro.cli(kind, args=arguments, default=default, console_outputs=False)
-        except SystemExit:
-            return None
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        return tyro.cli(kind, args=arguments, default=default, console_outputs=False)
+    return None
 
 
 def _mistake(group: list[str], types: dict[str, Any]) -> str:
@@ -170,27 +156,22 @@ def _mistake(group: list[str], types: dict[str, Any]) -> str:
     return type_problem(label, " ".join(values), types[key])
 
 
-def load_config(name: str) -> tuple[Config, list[str], bool]:
-    """Returns the configuration that `--config` names, what is wrong with it, and whether it could be read at all."""
-    recipes = {file.stem: file for file in sorted((CHECKOUT / "configs").glob("[!_]*.py"))}
+def load_config(name: str, is_run: bool = False) -> tuple[Config, list[str], bool]:
+    """Returns the configuration that `--config` names, or of the run in a directory, what is wrong with it, and whether
+    it could be read at all."""
+    recipes = {} if is_run else {file.stem: file for file in sorted((CHECKOUT / "configs").glob("[!_]*.py"))}
     path = recipes.get(name, Path(name).expanduser())
-    if path.is_dir():
-        return load_run_config(name)
-    if not path.is_file():
+    problems = []
+    if is_run or path.is_dir():
+        path /= "config.json"
+        problems = [f"{name!r} is not a run directory: it has no config.json"]
+    elif not path.is_file():
         known = f"recipes are {', '.join(recipes)}{nearest(path.stem, tuple(recipes))}"
-        return Config(), [f"--config = {name!r}: no such recipe or file; {known}"], False
-    return _run_recipe(path) if path.suffix == ".py" else _read_json(path)
-
-
-def load_run_config(workdir: str) -> tuple[Config, list[str], bool]:
-    """Returns the configuration of a run, as `load_config` does."""
-    path = Path(workdir).expanduser() / "config.json"
+        problems = [f"--config = {name!r}: no such recipe or file; {known}"]
     if not path.is_file():
-        return Config(), [f"{workdir!r} is not a run directory: it has no config.json"], False
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> tuple[Config, list[str], bool]:
+        return Config(), problems, False
+    if path.suffix == ".py":
+        return _run_recipe(path)
     try:
         return *from_tree(json.loads(path.read_bytes())), True
     except (ValueError, RecursionError) as error:
@@ -264,7 +245,9 @@ def exit_status(command: Callable[[Sequence[str]], int], arguments: Sequence[str
     and keeps its traceback.
     """
     try:
-        return command(arguments)
+        status = command(arguments)
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

@@ -298,7 +298,7 @@ def parse(arguments: Sequence[str]) -> Options:
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help"):
         print("usage: transformer VERB [options]; transformer VERB --help shows them\n")
-        print("\n".join(f"  {name:<10} {what}" for name, (_, what) in VERBS.items()))
+        print("\n".join(f"  {name:<10} {what}" for name, (_, what) in VERBS.items()), flush=True)
         raise SystemExit(0)
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}{nearest(verb, tuple(VERBS))}")
