@@ -1,6 +1,7 @@
 """The training loop, from a configuration to a finished run; read `run`, then `Loop.train`."""
 
 import contextlib
+import functools
 import itertools
 import time
 from collections import deque
@@ -147,6 +148,7 @@ class Loop:
     def _compile(self, train_step: Any, state: TrainState, batch: dict[str, Any], shardings: TrainState) -> Any:
         """Compiles the step ahead of time, once, and reports what it costs."""
 
+        @functools.wraps(train_step)
         def counted(state: TrainState, batch: Any) -> Any:
             self.num_traces += 1
             return train_step(state, batch)
