@@ -418,6 +418,7 @@ def test_gpt2_trains_on_eight_devices(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_gpt2_trains_on_every_split_of_eight(command: Command, tmp_path: Path) -> None:
     """In its whole width, with half a gigabyte of checkpoint, and one of its twelve layers."""
     losses = []
