@@ -8,6 +8,8 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 # More threads than cores: JAX 0.10 deadlocks in collectives of eight simulated devices on two cores without it.
 os.environ["NPROC"] = "16"
+# Two workers of the suite share the cores, so that devices may wait for each other longer than XLA's 40 seconds.
+os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 import jax
 import jaxtyping

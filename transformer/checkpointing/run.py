@@ -25,7 +25,7 @@ from transformer.config import (
 )
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
-from transformer.models.parameters import Tree, abstract_parameters, parameter_specs
+from transformer.models.parameters import Tree, map_specs, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.parallel.sharding import sharding
 
@@ -54,11 +54,9 @@ class Run:
     def load_parameters(self, mesh: Mesh, step: int | None = None, best: bool = False) -> tuple[Transformer, Tree, int]:
         """Returns the model, its parameters laid out over `mesh`, and their step: the latest unless told otherwise."""
         model = Transformer(self.config.model)
-        layout = jax.tree.map(
-            lambda spec: sharding(mesh, spec.axes, spec.shape), parameter_specs(model), is_leaf=_has_axes
-        )
-        abstract = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), abstract_parameters(model), layout
+        abstract = map_specs(
+            lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
+            parameter_specs(model),
         )
         directory = self.workdir / CHECKPOINTS
         if not directory.is_dir():
@@ -71,10 +69,6 @@ class Run:
                 wanted = "with a validation loss" if chosen is None else f"of step {chosen}"
                 raise ConfigError(f"{self.workdir} has no checkpoint {wanted}; there are: {listed}")
             return model, checkpoints.restore(chosen, params=abstract)["params"], chosen
-
-
-def _has_axes(value: object) -> bool:
-    return hasattr(value, "axes")
 
 
 def load_run(workdir: Path) -> Run:

@@ -19,8 +19,10 @@ def start(config: Config) -> None:
     _started = True
     if config.parallel.cpu_devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        flag = f"--xla_force_host_platform_device_count={config.parallel.cpu_devices}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        # XLA ends a process whose simulated devices do not meet within 40 seconds, which a busy machine may need.
+        flags = f"--xla_force_host_platform_device_count={config.parallel.cpu_devices}"
+        flags += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         # Simulated devices wait for each other inside XLA's thread pool, which by default has a thread a core
         # and deadlocks when more devices than cores meet in a collective.
         os.environ.setdefault("NPROC", str(max(16, 2 * config.parallel.cpu_devices)))
