@@ -45,7 +45,7 @@ def our_step() -> Step:
 
     config = replace(
         Config(),
-        data={"sequence_length": CONTEXT},
+        data={"sequence_length": CONTEXT, "tokenizer_vocab_size": VOCABULARY},
         model={
             "vocab_size": VOCABULARY,
             "num_layers": LAYERS,
