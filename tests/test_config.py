@@ -123,12 +123,20 @@ def test_warmup_in_steps_or_tokens() -> None:
 
 # Validation. Each case is one mistake, and gives one message that names its keys.
 
+POSITIVE = (
+    "data.sequence_length data.tokenizer_vocab_size data.prefetch_batches model.num_layers model.width model.num_heads "
+    "model.num_kv_heads model.head_width model.feedforward_width model.vocab_size model.num_positions "
+    "model.norm_epsilon model.rotary_base model.initial_scale optimizer.learning_rate optimizer.epsilon "
+    "train.num_steps train.batch_size train.num_microbatches train.max_nonfinite_steps train.log_every_steps "
+    "evaluation.batch_size checkpoint.keep_latest"
+).split()
+
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        *((key, 0, "must be greater than 0") for key in module._POSITIVE),
-        *((key, -2, "must be greater than 0") for key in module._POSITIVE),
+        *((key, 0, "must be greater than 0") for key in POSITIVE),
+        *((key, -2, "must be greater than 0") for key in POSITIVE),
         *((key, -1, "must not be negative") for key in module._NOT_NEGATIVE),
         *((key, 1.5, "must be a share") for key in module._SHARES),
         *((key, -0.1, "must be a share") for key in module._SHARES),
@@ -388,6 +396,8 @@ def _other(key: str) -> Any:
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return next((choice for choice in arguments if choice != default), default)
+    if arguments and typing.get_origin(arguments[0]) is Literal:
+        return typing.get_args(arguments[0])[0]
     if typing.get_origin(kind) is tuple:
         return (0.5, 2.0) if arguments[0] is float else ("ä\n\"'\\", "b c")
     base = next(argument for argument in arguments if argument is not type(None)) if arguments else kind

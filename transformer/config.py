@@ -118,6 +118,8 @@ class ModelConfig:
     """Share of activations dropped: on the embedding and on each sublayer's output."""
     initial_scale: float = 0.02
     """Standard deviation of initial weights; those that write to the residual stream get 1 / sqrt(2 * num_layers) of it."""
+    attention_implementation: Literal["reference", "causal_blocks"] | None = None
+    """All pairs at once, or without the half above the diagonal in blocks, as suits a CPU; None: by platform."""
     scan_layers: bool | None = None
     """Compile one block and loop over it (fast to compile) or unroll all; None: unroll on CPU, loop elsewhere."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -304,13 +306,6 @@ class Config:
 
 # Validation. Each check appends a sentence that names the key, its value and what is allowed.
 
-_POSITIVE = (
-    "data.sequence_length data.tokenizer_vocab_size data.prefetch_batches model.num_layers model.width model.num_heads "
-    "model.num_kv_heads model.head_width model.feedforward_width model.vocab_size model.num_positions "
-    "model.norm_epsilon model.rotary_base model.initial_scale optimizer.learning_rate optimizer.epsilon "
-    "train.num_steps train.batch_size train.num_microbatches train.max_nonfinite_steps train.log_every_steps "
-    "evaluation.batch_size checkpoint.keep_latest"
-).split()
 _NOT_NEGATIVE = (
     "data.num_workers objective.z_loss optimizer.warmup_steps optimizer.warmup_tokens optimizer.weight_decay "
     "optimizer.clip_norm evaluation.every_steps evaluation.num_batches evaluation.sample_tokens "
@@ -378,14 +373,14 @@ def _range_problems(config: Config) -> Iterator[str]:
             yield f"{key} = {value}: must be a finite number"
         elif value is None or isinstance(value, str | bool | tuple):
             continue
-        elif key in _POSITIVE and value <= 0:
-            yield f"{key} = {value}: must be greater than 0"
         elif key in _NOT_NEGATIVE and value < 0:
             yield f"{key} = {value}: must not be negative"
         elif key in _SHARES and not (0 <= value < 1 or (key == "optimizer.final_ratio" and value == 1)):
             yield f"{key} = {value}: must be a share, at least 0 and below 1"
         elif value != -1 and value < _LEAST_OR_MINUS_ONE.get(key, value):
             yield f"{key} = {value}: must be at least {_LEAST_OR_MINUS_ONE[key]}, or -1"
+        elif value <= 0 and key not in (*_NOT_NEGATIVE, *_SHARES, *_LEAST_OR_MINUS_ONE):
+            yield f"{key} = {value}: must be greater than 0"
         elif value > _LARGEST.get(key, value):
             yield f"{key} = {value}: must be at most {_LARGEST[key]}"
 
@@ -580,7 +575,7 @@ def _accepts(expected: Any, value: Any) -> bool:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Literal:
         return value in arguments
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return any(_accepts(a, value) for a in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and all(_accepts(arguments[0], v) for v in value)

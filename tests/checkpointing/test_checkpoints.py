@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, kept as long as promised, and the same on every mesh."""
 
 import errno
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,7 +202,7 @@ def test_a_state_is_the_same_on_another_mesh(
         config = make_run(parallel=layout, model={"vocab_size": 260, "num_positions": 16, "scan_layers": False})
         model = Transformer(config.model)
         optimizer = make_optimizer(config, parameter_specs(model))
-        mesh = make_mesh(config, jax.devices()[: np.prod(list(layout.values()))])
+        mesh = make_mesh(config, jax.devices()[: math.prod(layout.values())])
         return config, model, optimizer, state_shardings(model, optimizer, mesh)
 
     config, model, optimizer, shardings = parts(saved)

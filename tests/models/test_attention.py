@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.models.attention import attention_mask, dot_product_attention
+from transformer.models.attention import ATTENTION, attention_mask, dot_product_attention
 
 
 def reference(query, key, value, mask):
@@ -71,6 +71,35 @@ def test_attention_is_the_reference(length, heads, kv_heads):
     expected = reference(*inputs, mask=np.asarray(mask))
     actual = jax.jit(dot_product_attention)(*inputs, mask=mask)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 5, 16, 40])
+@pytest.mark.parametrize("length", [1, 7, 16, 33])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(length, heads, kv_heads, block):
+    """Also where the last block is short, documents are packed, and some queries see nothing."""
+    inputs: Any = random_inputs(length, heads, kv_heads)
+    mask = mask_of(*random_segments(length))
+    ahead = np.cos(np.arange(inputs[0].size)).reshape(inputs[0].shape)
+    results = []
+    for size in (None, block):
+        output, backward = jax.vjp(lambda *x, size=size: dot_product_attention(*x, mask=mask, block=size), *inputs)
+        results.append((output, *backward(jnp.asarray(ahead, jnp.float32))))
+    for whole, blocks in zip(*results, strict=True):
+        assert np.linalg.norm(whole - blocks) <= 1e-6 * np.linalg.norm(whole)
+
+
+def test_blocks_compute_half_of_the_products():
+    """Of 512 by 512 scores, four blocks of 128 compute 128 by (128 + 256 + 384 + 512): five eighths."""
+    inputs = [jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, 512, 512), jnp.bool_)]
+
+    def scores(implementation: str) -> int:
+        equations = jax.make_jaxpr(ATTENTION[implementation])(*inputs).jaxpr.eqns
+        outputs: Any = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]
+        return sum(x.size for x in outputs if x.shape[-1] != 8)
+
+    assert scores("reference") == 2 * 512 * 512
+    assert scores("causal_blocks") == 2 * 512 * 512 * 5 // 8
 
 
 def test_attention_with_scores_of_thousands_is_finite_and_right():

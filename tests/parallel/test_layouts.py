@@ -35,7 +35,16 @@ SCANNED = {
 }
 MODELS = {
     # Six heads divide neither by 4 nor by 8, and 203 tokens by nothing.
-    "uneven": {"model": {"width": 48, "num_heads": 6, "num_kv_heads": 2, "positions": "learned", "biases": True}},
+    "uneven": {
+        "model": {
+            "width": 48,
+            "num_heads": 6,
+            "num_kv_heads": 2,
+            "positions": "learned",
+            "biases": True,
+            "attention_implementation": "causal_blocks",
+        }
+    },
     "scanned": {"model": SCANNED, "objective": {"z_loss": 1e-3}},
     "microbatches": {"model": SCANNED, "train": {"num_microbatches": 2}},
     "dropout": {"model": SCANNED | {"dropout": 0.1}},

@@ -10,7 +10,8 @@ import pytest
 
 import transformer
 from transformer.config import Config, ConfigError, replace
-from transformer.training.trackers import TRACKERS, TensorBoard, WeightsAndBiases, trackers
+from transformer.training.trackers import TRACKERS, TensorBoard, trackers
+from transformer.training.weights_and_biases import WeightsAndBiases
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboardX"), reason="extra tracking")
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="extra tracking")

@@ -31,7 +31,9 @@ from transformer.parallel.sharding import sharding
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 
-MAY_CHANGE = ("model.scan_layers", "model.remat", "model.compute_dtype", "model.dropout")
+MAY_CHANGE = tuple(
+    f"model.{name}" for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "dropout")
+)
 """Keys of `model` that change neither the parameters nor what they mean."""
 
 FIXED = (
@@ -141,6 +143,8 @@ def resolve(config: Config, vocab_size: int, platform: str) -> Config:
         model,
         vocab_size=model.vocab_size or vocab_size,
         num_positions=model.num_positions or config.data.sequence_length,
+        attention_implementation=model.attention_implementation
+        or ("causal_blocks" if platform == "cpu" else "reference"),
         scan_layers=platform != "cpu" if model.scan_layers is None else model.scan_layers,
     )
     return dataclasses.replace(config, model=filled)

@@ -20,8 +20,17 @@ class Linear(nnx.Module):
         self.bias = parameter(dims[1:], (bias_axis,), zeros, "bias") if config.biases else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = (as_rows(x) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def as_rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Returns `x` as one matrix with a token a row, on a single device.
+
+    XLA's CPU backend transposes both operands of a weight's gradient if it has to contract two dimensions. A mesh may
+    split both of them, and then they stay apart.
+    """
+    return x.reshape(-1, x.shape[-1]) if jax.sharding.get_abstract_mesh().size <= 1 else x
 
 
 class Norm(nnx.Module):

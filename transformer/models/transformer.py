@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from transformer.config import ModelConfig
 from transformer.models.attention import Cache, SelfAttention, Shared, attention_mask
-from transformer.models.layers import Linear, Norm, dropout, materialize, rotary_angles, sinusoidal_positions
+from transformer.models.layers import Linear, Norm, as_rows, dropout, materialize, rotary_angles, sinusoidal_positions
 from transformer.models.parameters import Tree, bind, normal, parameter, parameter_specs, stack
 from transformer.parallel.sharding import constrain
 
@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
             cache = cache | used
         rotary = None
         if config.positions == "rotary":
-            rotary = rotary_angles(positions, config.head_dim, config.rotary_base)
+            rotary = jax.tree.map(materialize, rotary_angles(positions, config.head_dim, config.rotary_base))
         shared = Shared(attention_mask(positions, key_positions, segments, key_segments), rotary, index)
         with jax.named_scope("embedding"):
             x = self._embed(batch["inputs"], positions)
@@ -178,7 +178,8 @@ class Transformer(nnx.Module):
         config = self.config
         with jax.named_scope("logits"):
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...d,vd->...v", as_rows(hidden), table, preferred_element_type=jnp.float32)
+            logits = materialize(logits).reshape(*hidden.shape[:-1], -1)
             padding = jnp.arange(config.vocab_rows) >= (config.vocab_size or 0)
             return logits if config.vocab_rows == config.vocab_size else jnp.where(padding, MASKED_LOGIT, logits)
 

@@ -133,8 +133,7 @@ class Loop:
                 if step + 1 == traced.stop:
                     jax.block_until_ready(metrics)
                     trace.close()
-                due = step == last or status or self._is_due(step)
-                if due:
+                if status or any(self._due(step)):
                     status, pending = self._settle(pending) or status, None
                     self._pause(step, state, status)
 
@@ -181,9 +180,12 @@ class Loop:
                 yield ahead.popleft()
         yield from ahead
 
-    def _is_due(self, step: int) -> bool:
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Returns whether a validation and a checkpoint follow `step`."""
         intervals = (self.config.evaluation.every_steps, self.config.checkpoint.every_steps)
-        return any(every and step % every == 0 for every in intervals)
+        last = step == self.config.train.num_steps
+        validates, saves = (last or (every > 0 and step % every == 0) for every in intervals)
+        return validates, saves
 
     def _tick(self) -> float:
         """Returns the seconds since the last call."""
@@ -213,15 +215,15 @@ class Loop:
 
     def _pause(self, step: int, state: TrainState, status: int) -> None:
         """Validates, samples and saves what is due after `step`, in this order, so that a checkpoint has all before it."""
-        config, last = self.config, step == self.config.train.num_steps
+        validates, saves = self._due(step)
         loss = None
-        if last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
+        if validates:
             result = self.evaluator(state.params)
             loss = result["loss"]
             self.report.validation({"step": step, "split": "validation", **result})
             self._sample(step, state)
         self.report.sync()
-        if last or status or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+        if saves or status:
             self.checkpoints.save(step, state.params, _rest(state), loss)
         if status > 128:
             self.checkpoints.wait()
