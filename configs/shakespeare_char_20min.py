@@ -18,7 +18,7 @@ def get_config() -> Config:
         },
         # Small batches: many steps matter more than smooth ones when the budget is this short.
         optimizer={"learning_rate": 2e-3, "final_ratio": 0.02},
-        train={"num_steps": 2400, "batch_size": 8},
-        evaluation={"every_steps": 120, "batch_size": 32, "sample_tokens": 300},
-        checkpoint={"every_steps": 240},
+        train={"num_steps": 1600, "batch_size": 8},
+        evaluation={"every_steps": 400, "batch_size": 32, "sample_tokens": 300},
+        checkpoint={"every_steps": 200},
     )

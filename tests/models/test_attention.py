@@ -73,8 +73,7 @@ def test_attention_is_the_reference(length, heads, kv_heads):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 5, 16, 40])
-@pytest.mark.parametrize("length", [1, 7, 16, 33])
+@pytest.mark.parametrize(("length", "block"), [(1, 1), (7, 1), (7, 5), (16, 16), (16, 5), (33, 16), (33, 40)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(length, heads, kv_heads, block):
     """Also where the last block is short, documents are packed, and some queries see nothing."""
@@ -83,8 +82,13 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(length, 
     ahead = np.cos(np.arange(inputs[0].size)).reshape(inputs[0].shape)
     results = []
     for size in (None, block):
-        output, backward = jax.vjp(lambda *x, size=size: dot_product_attention(*x, mask=mask, block=size), *inputs)
-        results.append((output, *backward(jnp.asarray(ahead, jnp.float32))))
+
+        @jax.jit
+        def differentiated(*inputs, size=size):
+            output, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask=mask, block=size), *inputs)
+            return output, *backward(jnp.asarray(ahead, jnp.float32))
+
+        results.append(differentiated(*inputs))
     for whole, blocks in zip(*results, strict=True):
         assert np.linalg.norm(whole - blocks) <= 1e-6 * np.linalg.norm(whole)
 
