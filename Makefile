@@ -33,15 +33,20 @@ $(INSTALLED): pyproject.toml $(wildcard constraints/*.txt)
 	  3.11) pins=$(PINS_3.11) ;; 3.12) pins=$(PINS_3.12) ;; 3.13) pins=$(PINS_3.13) ;; \
 	  *) echo "$(PYTHON) is Python $$version; transformer needs 3.11, 3.12 or 3.13. Name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1 ;; \
 	esac; \
+	if [ -e .venv ] && [ ! -e .venv/made-by-make ]; then \
+	  echo '.venv is not one that make made: move it away' >&2; exit 1; \
+	fi; \
 	rm -rf .venv; \
 	echo "Installing into .venv for Python $$version from $$pins (minutes, once)"; \
 	if command -v uv >/dev/null; then \
 	  export UV_PYTHON_DOWNLOADS=never; \
 	  uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
+	  touch .venv/made-by-make; \
 	  uv pip install --quiet --python .venv --constraint $$pins --editable '.[$(EXTRAS)]'; \
 	else \
 	  $(PYTHON) -m venv .venv \
 	    || { echo 'Python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }; \
+	  touch .venv/made-by-make; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $$pins --editable '.[$(EXTRAS)]'; \
 	fi; \
 	touch $@

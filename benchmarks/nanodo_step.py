@@ -64,7 +64,7 @@ def our_step() -> Step:
     import jax
     import numpy as np
 
-    from transformer.checkpointing.run import resolve
+    from transformer.checkpointing.run import for_platform, resolve
     from transformer.models.parameters import parameter_specs
     from transformer.models.transformer import Transformer
     from transformer.optimizers import make_optimizer
@@ -73,8 +73,8 @@ def our_step() -> Step:
     from transformer.training.step import make_train_step
 
     mesh = make_mesh(config)
-    config = resolve(config, VOCABULARY, jax.default_backend())
-    model = Transformer(config.model)
+    config = resolve(config, VOCABULARY)
+    model = Transformer(for_platform(config.model, jax.default_backend()))
     optimizer = make_optimizer(config, parameter_specs(model))
     shardings = state_shardings(model, optimizer, mesh)
     rows = batch_sharding(mesh)

@@ -11,7 +11,7 @@ def get_config() -> Config:
     return replace(
         Config(),
         data={
-            "source": ("hf:Skylion007/openwebtext",),
+            "source": ("hf:HuggingFaceFW/fineweb:sample-10BT",),
             "validation_documents": 0.0005,
             "tokenizer_vocab_size": 50_257,
             "sequence_length": 1024,

@@ -89,7 +89,7 @@ def start_training(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[st
 def read_state() -> Callable[..., dict[str, np.ndarray]]:
     """Returns a function from a run directory to the arrays of its latest checkpoint, or of another, by name."""
     from transformer.checkpointing.checkpoints import Checkpoints
-    from transformer.checkpointing.run import CHECKPOINTS, load_run
+    from transformer.checkpointing.run import CHECKPOINTS, for_platform, load_run
     from transformer.models.parameters import parameter_specs
     from transformer.models.transformer import Transformer
     from transformer.optimizers import make_optimizer
@@ -99,7 +99,7 @@ def read_state() -> Callable[..., dict[str, np.ndarray]]:
 
     def read(workdir: Path, step: int | None = None) -> dict[str, np.ndarray]:
         config = replace(load_run(workdir).config, parallel={"replica": 1, "fsdp": 1, "tensor": 1})
-        model = Transformer(config.model)
+        model = Transformer(for_platform(config.model, "cpu"))
         optimizer = make_optimizer(config, parameter_specs(model))
         shardings = state_shardings(model, optimizer, make_mesh(config, jax.devices()[:1]))
         with Checkpoints(workdir / CHECKPOINTS) as checkpoints:

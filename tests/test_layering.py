@@ -150,6 +150,9 @@ def test_data_is_free_of_jax() -> None:
 
 
 def test_training_can_be_read_in_an_evening() -> None:
+    """What the process that trains imports. Two modules are found by name in a table, and loaded only if a recipe asks
+    for them: Weights & Biases and tokenizer.json, of extras. Data is prepared by another process, `transformer.data.prepare`.
+    """
     sizes = {name: len(modules()[name].read_text().splitlines()) for name in _closure("train")}
     table = "\n".join(f"{lines:6d}  {name}" for name, lines in sorted(sizes.items(), key=lambda item: -item[1]))
     assert len(sizes) > 5, f"the closure was not followed:\n{table}"

@@ -230,7 +230,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     import jax
     from jax.sharding import AbstractMesh
 
-    from transformer.checkpointing.run import resolve
+    from transformer.checkpointing.run import for_platform, resolve
     from transformer.config import mesh_axes
     from transformer.models import flops, parameters
     from transformer.models.transformer import Transformer
@@ -248,8 +248,8 @@ def describe_config(config: Config) -> dict[str, Any]:
     if vocab_size is None:
         tokenizer = f"data.tokenizer = {config.data.tokenizer!r}"
         raise ConfigError(f"model.vocab_size is needed: with {tokenizer} only the data tells it")
-    config = resolve(config, vocab_size, jax.default_backend())
-    model = Transformer(config.model)
+    config = resolve(config, vocab_size)
+    model = Transformer(for_platform(config.model, jax.default_backend()))
     specs = parameters.parameter_specs(model)
     optimizer = make_optimizer(config, specs)
     layouts: Any = state_shardings(model, optimizer, AbstractMesh(tuple(axes.values()), tuple(axes)))

@@ -1,7 +1,7 @@
 """The configuration: frozen, typed dataclasses, and the only place where a default is written.
 
 A recipe is a file `configs/NAME.py` with a function `get_config() -> Config`. The command line
-overrides single keys (`transformer/cli.py`); `validate` reports every mistake at once. This module
+overrides single keys (`transformer/arguments.py`); `validate` reports every mistake at once. This module
 imports neither JAX nor any other heavy package, so that `--help` answers quickly.
 """
 
@@ -235,7 +235,7 @@ class CheckpointConfig:
     keep_latest: int = 2
     """Newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints with the lowest validation loss to keep as well."""
+    """Checkpoints with the lowest validation loss to keep as well, among those of steps that are validated."""
     keep_every_steps: int = 0
     """Keep every checkpoint whose step is a multiple of this as well. 0: none."""
 

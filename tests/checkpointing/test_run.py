@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from transformer.checkpointing.run import load_run, locked
+from transformer.checkpointing.run import _absolute, load_run, locked
 from transformer.config import Config, ConfigError, from_json, replace, to_json
 from transformer.parallel.sharding import make_mesh
 from transformer.training import loop
@@ -79,6 +79,36 @@ def test_what_may_change_does(finished: tuple[Config, Path]) -> None:
     )
     assert loop.run(changed, workdir) == 0
     assert load_run(workdir).config.model.remat == "full"
+
+
+def test_clipping_may_be_switched_off_and_on(finished: tuple[Config, Path]) -> None:
+    config, workdir = finished
+    for steps, norm in ((10, 0.0), (12, 0.5)):
+        assert loop.run(replace(config, optimizer={"clip_norm": norm}, train={"num_steps": steps}), workdir) == 0
+
+
+def test_a_run_keeps_no_decision_of_the_hardware_and_names_files_from_anywhere(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_run(data={"path": ("corpus.jsonl",)}, train={"num_steps": 1}, model={"scan_layers": None})
+    assert loop.run(config, tmp_path / "run") == 0
+    kept = load_run(tmp_path / "run").config
+    assert (kept.model.scan_layers, kept.model.attention_implementation) == (None, None)
+    assert kept.data.path == (str(tmp_path / "corpus.jsonl"),)
+    monkeypatch.chdir("/")
+    assert loop.run(replace(kept, train={"num_steps": 2}), tmp_path / "run") == 0
+    sources = ("local_text:a.txt", "local_text:/b/*.md", "python_stdlib", "hf:c")
+    assert _absolute(replace(config, data={"source": sources}).data)["source"] == ("local_text:/a.txt", *sources[1:])
+
+
+def test_training_overwrites_no_directory_that_is_not_a_run(make_run: Make, tmp_path: Path) -> None:
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text("not ours\n")
+    with pytest.raises(ConfigError, match=r"is not a run directory: it has no config\.json, but metrics\.jsonl"):
+        loop.run(make_run(), log.parent)
+    assert log.read_text() == "not ours\n"
 
 
 def test_a_contradiction_is_two_lines_and_exit_status_2(make_run: Make, start_training: Start, tmp_path: Path) -> None:
@@ -153,6 +183,7 @@ def test_a_config_is_read_back_as_it_was_written(make_run: Make) -> None:
 
 DISK = """
 mount -t tmpfs -o size=$SIZE none "$DISK" || exit 77
+mkdir "$DISK/small"
 "$PYTHON" train.py --config "$RECIPE" --workdir "$DISK/run" > "$OUT/full.txt" 2>&1; echo $? >> "$OUT/status"
 ls "$DISK/run/checkpoints" > "$OUT/kept.txt"
 mount -o remount,size=64m "$DISK"
@@ -160,6 +191,9 @@ mount -o remount,size=64m "$DISK"
 mount -o remount,ro "$DISK"
 "$PYTHON" train.py --config "$RECIPE" --workdir "$DISK/run" > "$OUT/readonly.txt" 2>&1; echo $? >> "$OUT/status"
 cp -r "$DISK/run" "$OUT/run"
+mount -t tmpfs -o size=20k none "$DISK/small"
+"$PYTHON" train.py --config "$RECIPE" --workdir "$OUT/unprepared" --data.cache-dir "$DISK/small" > "$OUT/cache.txt" 2>&1
+echo $? >> "$OUT/status"
 """
 
 
@@ -179,12 +213,17 @@ def test_a_disk_that_is_full_or_read_only(
     if done.returncode:
         pytest.skip("this machine does not let us mount a small disk")
 
-    assert (tmp_path / "status").read_text().split() == ["1", "0", "1"]
-    for name, complaint in (("full", "No space left for a checkpoint"), ("readonly", "Read-only file system")):
+    assert (tmp_path / "status").read_text().split() == ["1", "0", "1", "1"]
+    complaints = (
+        ("full", "No space left for a checkpoint", "disk/run"),
+        ("readonly", "Read-only file system", "disk/run"),
+        ("cache", "No space left on device", "disk/small"),
+    )
+    for name, complaint, where in complaints:
         output = (tmp_path / f"{name}.txt").read_text()
         assert "Traceback" not in output
         (error,) = [line for line in output.splitlines() if "rror" in line]
-        assert error.startswith("error: ") and complaint in error and "disk/run" in error
+        assert error.startswith("error: ") and complaint in error and where in error
     assert "orbax-checkpoint-tmp" not in (tmp_path / "kept.txt").read_text()
     kept = [int(name) for name in (tmp_path / "kept.txt").read_text().split() if name.isdigit()]
     assert 4 in kept

@@ -9,6 +9,7 @@ import pytest
 
 from transformer.config import ConfigError
 from transformer.data import tokenizers
+from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transformer.data.new_tokenizer import read_tokenizer, train_sentencepiece
 from transformer.data.tokenizers import (
     BOS,
@@ -17,7 +18,6 @@ from transformer.data.tokenizers import (
     UNK,
     ByteTokenizer,
     CharacterTokenizer,
-    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,

@@ -93,7 +93,7 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(length, 
         assert np.linalg.norm(whole - blocks) <= 1e-6 * np.linalg.norm(whole)
 
 
-def test_blocks_compute_half_of_the_products():
+def test_blocks_leave_products_out():
     """Of 512 by 512 scores, four blocks of 128 compute 128 by (128 + 256 + 384 + 512): five eighths."""
     inputs = [jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, 512, 512), jnp.bool_)]
 

@@ -15,6 +15,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from transformer.config import ModelConfig
+from transformer.models.attention import ATTENTION, dot_product_attention
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
 from transformer.objectives.causal import softmax_cross_entropy
@@ -31,6 +32,12 @@ def model_config(tiny_config) -> ModelConfig:
 @pytest.fixture
 def batch(tiny_config, tiny_batch) -> dict[str, np.ndarray]:
     return tiny_batch(tiny_config())
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in rows of 16 tokens, the last of them short."""
+    monkeypatch.setitem(ATTENTION, "causal_blocks", partial(dot_product_attention, block=5))
 
 
 def rapid_key(seed: int) -> jax.Array:
@@ -151,8 +158,15 @@ def reference_feedforward(config: ModelConfig, p: Any, x: np.ndarray) -> np.ndar
 @pytest.mark.parametrize(
     "changes",
     [
-        {"biases": True, "positions": "learned"},
-        {"positions": "rotary", "num_kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm", "scan_layers": True},
+        {"biases": True, "positions": "learned", "attention_implementation": "causal_blocks"},
+        {
+            "positions": "rotary",
+            "num_kv_heads": 2,
+            "activation": "swiglu",
+            "norm": "rmsnorm",
+            "scan_layers": True,
+            "attention_implementation": "causal_blocks",
+        },
         {"positions": "sinusoidal", "norm_placement": "post", "activation": "relu", "biases": True},
         {"num_kv_heads": 1, "activation": "geglu", "tied_embeddings": False, "head_width": 12, "biases": True},
     ],
@@ -186,6 +200,7 @@ def test_no_logit_depends_on_later_tokens_or_other_documents(
         positions=positions,
         num_kv_heads=num_kv_heads,
         scan_layers=scan_layers,
+        attention_implementation="causal_blocks" if scan_layers else "reference",
         tied_embeddings=False,  # or a logit would depend on the embedding of every token
     )
     # Each token occurs once, so that its row of the table is the embedding of one position.
@@ -212,7 +227,7 @@ def test_no_logit_depends_on_later_tokens_or_other_documents(
 
 @pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal"])
 def test_padding_packing_and_order_do_not_change_a_documents_loss(positions, model_config):
-    model, params = build(model_config, positions=positions, num_kv_heads=2)
+    model, params = build(model_config, positions=positions, num_kv_heads=2, attention_implementation="causal_blocks")
     rng = np.random.default_rng(0)
     documents = [rng.integers(4, 203, length + 1).astype(np.int32) for length in (5, 11, 3, 8, 1, 4)]
 

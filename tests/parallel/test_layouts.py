@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from transformer.config import Config
+from transformer.models.attention import ATTENTION, dot_product_attention
 from transformer.models.parameters import init_parameters, is_spec, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.optimizers import make_optimizer
@@ -49,6 +50,14 @@ MODELS = {
     "microbatches": {"model": SCANNED, "train": {"num_microbatches": 2}},
     "dropout": {"model": SCANNED | {"dropout": 0.1}},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in rows of 16 tokens, the last of them short."""
+    monkeypatch.setitem(ATTENTION, "causal_blocks", functools.partial(dot_product_attention, block=5))
+
+
 OPTIMIZERS = {
     "adamw": {"learning_rate": 3e-3, "warmup_steps": 5},
     # So small a momentum changes no bit of the parameters, and leaves the gradient of the first step in the state.

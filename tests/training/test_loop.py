@@ -20,6 +20,7 @@ from transformer.checkpointing.run import load_run
 from transformer.config import Config, from_json
 from transformer.data.tokenizers import load_tokenizer
 from transformer.training import loop
+from transformer.training.evaluation import Evaluator
 from transformer.training.report import Report
 
 Make = Callable[..., Config]
@@ -155,6 +156,46 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     assert_same_run(workdir, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("moment", ["at the step", "in the validation", "killed after it"])
+def test_a_signal_does_not_wait_for_a_validation_that_is_due(
+    moment: str,
+    make_run: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signal_after: Callable[[int, int], None],
+    assert_same_run: Callable[[Path, Path], None],
+    read_lines: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    config = make_run(evaluation={"every_steps": 5, "batch_size": 8}, checkpoint={"every_steps": 10})
+    assert loop.run(config, tmp_path / "whole") == 0
+    workdir = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        if moment == "at the step":
+            # Step 5 is under way while the line of step 4 is written.
+            signal_after(4, signal.SIGTERM)
+        else:
+            batches = Evaluator.batches
+
+            def signalled(self: Evaluator) -> Iterator[dict[str, Any]]:
+                for number, batch in enumerate(batches(self)):
+                    if number == 1:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batch
+
+            patch.setattr(Evaluator, "batches", signalled)
+        assert loop.run(config, workdir) == 143
+    assert steps_of(workdir)[-1] == 5
+    assert [line["step"] for line in read_lines(workdir) if line["split"] == "validation"] == []
+    if moment == "killed after it":
+        # It validates step 5 again, and dies before the next checkpoint.
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(loop.Loop, "_settle", lambda self, pending: 1 // 0 if pending else 0)
+            loop.run(config, workdir)
+        assert [line["step"] for line in read_lines(workdir) if line["split"] == "validation"] == [5]
+    assert loop.run(config, workdir) == 0
+    assert_same_run(workdir, tmp_path / "whole")
+
+
 def test_the_handlers_of_the_caller_are_back_after_a_run(make_run: Make, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert loop.run(make_run(train={"num_steps": 1}), tmp_path / "run") == 0
@@ -237,10 +278,11 @@ def test_the_step_is_traced_once_and_nothing_compiles_after_the_first_validation
     jax.monitoring.register_event_duration_secs_listener(listen)
     pause = loop.Loop._pause
 
-    def watched(self: loop.Loop, step: int, state: Any, status: int) -> None:
+    def watched(self: loop.Loop, step: int, state: Any, status: int) -> int:
         nonlocal watching
-        pause(self, step, state, status)
+        status = pause(self, step, state, status)
         watching = True
+        return status
 
     monkeypatch.setattr(loop.Loop, "_pause", watched)
     config = make_run(train={"num_steps": 16})

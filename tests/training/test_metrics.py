@@ -132,11 +132,22 @@ def test_the_same_step_twice_is_refused(tmp_path):
 
 def test_the_same_step_twice_is_refused_after_a_resume(tmp_path):
     log = MetricsLog(filled(tmp_path / "m.jsonl"), 4)
-    for record in (train(4), validation(4)):
-        with pytest.raises(AssertionError, match="already written"):
-            log.write(record)
+    with pytest.raises(AssertionError, match="already written"):
+        log.write(train(4))
     log.write(train(5))
     assert steps(tmp_path / "m.jsonl")[-1] == (5, "train")
+
+
+def test_a_validation_done_again_after_a_resume_is_the_line_that_is_there(tmp_path):
+    path = filled(tmp_path / "m.jsonl")
+    before = [step for step in steps(path) if step[0] <= 4]
+    log = MetricsLog(path, 4)
+    log.write(validation(4))
+    log.write(train(5))
+    log.write(validation(5))
+    assert steps(path) == [*before, (5, "train"), (5, "validation")]
+    with pytest.raises(AssertionError, match="already written"):
+        log.write(validation(5))
 
 
 def test_only_the_end_of_a_long_log_is_read(tmp_path):

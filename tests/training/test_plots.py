@@ -121,7 +121,7 @@ def test_missing_matplotlib_is_told_once(tmp_path, monkeypatch, capsys):
     for _ in range(3):
         assert draw_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", "t") is False
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "matplotlib" in error and "transformer[plots]" in error
+    assert error.count("\n") == 1 and "matplotlib" in error and "'.[plots]'" in error
 
 
 def test_neither_pyplot_nor_a_display_is_needed(tmp_path):

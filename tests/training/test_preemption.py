@@ -136,6 +136,16 @@ loop.Loop._settle = settle
     assert "Traceback" not in output
 
 
+def test_a_signal_and_its_echo_are_one() -> None:
+    """As `timeout` sends it: to the process, and then to its group."""
+    with Signals() as signals:
+        signals.defer()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
+        assert signals.received == signal.SIGTERM
+
+
 def test_the_first_signal_is_noted_once_there_is_something_to_save() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     with Signals() as signals:

@@ -90,7 +90,7 @@ def test_missing_package_names_key_and_extra(tmp_path, monkeypatch, key, package
     config = replace(Config(), tracking={"tensorboard": False, "wandb": False, key: True})
     with pytest.raises(ConfigError) as raised:
         trackers(config, tmp_path, 0)
-    assert all(word in str(raised.value) for word in (f"tracking.{key}", package, "extra `tracking`"))
+    assert all(word in str(raised.value) for word in (f"tracking.{key}", package, "pip install -e '.[tracking]'"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -70,8 +70,12 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Returns the step with the lowest validation loss, if any checkpoint has one."""
-        scored = [(_loss(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
-        return min(scored)[1] if scored else None
+        scored = [(_loss(self._manager.metrics(step)), step) for step in self.steps() if self.is_validated(step)]
+        return min(scored)[1] if scored and math.isfinite(min(scored)[0]) else None
+
+    def is_validated(self, step: int) -> bool:
+        """Returns whether the checkpoint of `step` was saved with a validation loss."""
+        return bool(self._manager.metrics(step))
 
     def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
         """Starts a save; it becomes visible, by a rename, only once it is whole.
@@ -80,8 +84,9 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        known = validation_loss is not None and math.isfinite(validation_loss)
-        metrics = {"validation_loss": validation_loss} if known else None
+        metrics = None
+        if validation_loss is not None:
+            metrics = {"validation_loss": validation_loss if math.isfinite(validation_loss) else math.inf}
         items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
         shards = [shard for leaf in jax.tree.leaves((params, rest)) for shard in leaf.addressable_shards]
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + METADATA_BYTES

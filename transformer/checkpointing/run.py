@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +16,8 @@ from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.config import (
     Config,
     ConfigError,
+    DataConfig,
+    ModelConfig,
     ParallelConfig,
     from_json,
     get,
@@ -39,7 +42,7 @@ MAY_CHANGE = tuple(
 FIXED = (
     *(key for key in keys() if key.startswith("model.") and key not in MAY_CHANGE),
     *("data.sequence_length", "data.shuffle", "data.shift_windows", "data.weights"),
-    *("objective.name", "optimizer.name", "train.batch_size", "seed"),
+    *("objective.name", "optimizer.name", "optimizer.momentum", "train.batch_size", "seed"),
 )
 """Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""
 
@@ -55,7 +58,7 @@ class Run:
 
     def load_parameters(self, mesh: Mesh, step: int | None = None, best: bool = False) -> tuple[Transformer, Tree, int]:
         """Returns the model, its parameters laid out over `mesh`, and their step: the latest unless told otherwise."""
-        model = Transformer(self.config.model)
+        model = Transformer(for_platform(self.config.model, jax.default_backend()))
         abstract = map_specs(
             lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
             parameter_specs(model),
@@ -109,13 +112,27 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         if problems:
             advice = "start in another --workdir, or give the run's own values"
             raise ConfigError([f"{workdir} is the directory of another run: {advice}", *problems])
+    elif strangers := [name for name in (CHECKPOINTS, "metrics.jsonl") if (workdir / name).exists()]:
+        raise ConfigError(f"{workdir} is not a run directory: it has no {CONFIG}, but {' and '.join(strangers)}")
     if is_writer:
         prepared.tokenizer.save(workdir / TOKENIZER)
         write_atomically(workdir / CORPUS, json.dumps({"fingerprint": prepared.fingerprint}) + "\n")
         # Which process this was is not the run's.
         here = ParallelConfig()
         alone = {"coordinator": here.coordinator, "num_processes": here.num_processes, "process_id": here.process_id}
-        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone)))
+        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, data=_absolute(config.data))))
+
+
+def _absolute(data: DataConfig) -> dict[str, Any]:
+    """Returns the keys that name files, so that they name the same files from any directory."""
+
+    def absolute(name: str) -> str:
+        kind = "local_text:" if name.startswith("local_text:") else ""
+        return kind + str(Path(name.removeprefix(kind)).expanduser().absolute())
+
+    source = tuple(absolute(name) if name.startswith("local_text:") else name for name in data.source)
+    tokenizer = absolute(data.tokenizer_path) if data.tokenizer_path else ""
+    return {"path": tuple(map(absolute, data.path)), "source": source, "tokenizer_path": tokenizer}
 
 
 @contextlib.contextmanager
@@ -130,8 +147,8 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def resolve(config: Config, vocab_size: int, platform: str) -> Config:
-    """Returns `config` with everything that depends on tokenizer and hardware filled in.
+def resolve(config: Config, vocab_size: int) -> Config:
+    """Returns `config` with everything that depends on tokenizer and data filled in.
 
     Raises ConfigError if the model's vocabulary is smaller than the tokenizer's.
     """
@@ -139,12 +156,12 @@ def resolve(config: Config, vocab_size: int, platform: str) -> Config:
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         problem = f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {vocab_size} tokens"
         raise ConfigError(f"{problem}: give at least that, or leave it out")
-    filled = dataclasses.replace(
-        model,
-        vocab_size=model.vocab_size or vocab_size,
-        num_positions=model.num_positions or config.data.sequence_length,
-        attention_implementation=model.attention_implementation
-        or ("causal_blocks" if platform == "cpu" else "reference"),
-        scan_layers=platform != "cpu" if model.scan_layers is None else model.scan_layers,
-    )
-    return dataclasses.replace(config, model=filled)
+    num_positions = model.num_positions or config.data.sequence_length
+    return replace(config, model={"vocab_size": model.vocab_size or vocab_size, "num_positions": num_positions})
+
+
+def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
+    """Returns `model` with what it leaves to the hardware decided; a run directory does not keep these decisions."""
+    attention = model.attention_implementation or ("causal_blocks" if platform == "cpu" else "reference")
+    scan = platform != "cpu" if model.scan_layers is None else model.scan_layers
+    return dataclasses.replace(model, attention_implementation=attention, scan_layers=scan)

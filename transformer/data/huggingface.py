@@ -1,5 +1,6 @@
 """Datasets of Hugging Face `datasets` (extra `hf`): by name on the Hub, or a local folder, which needs no network."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def load(name: str, cache_dir: Path) -> tuple[str, Any]:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise ConfigError(f"data.source = 'hf:{name}' needs the extra hf: pip install 'transformer[hf]'") from error
+        raise ConfigError(f"data.source = 'hf:{name}' needs the extra hf: pip install -e '.[hf]'") from error
     folder = Path(name).expanduser()
     path, _, config = (str(folder), "", "") if folder.exists() else name.partition(":")
     try:
@@ -23,7 +24,9 @@ def load(name: str, cache_dir: Path) -> tuple[str, Any]:
             found: Any = datasets.load_from_disk(path)
         else:
             found = datasets.load_dataset(path, config or None, cache_dir=str(cache_dir / "huggingface"))
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
         raise ConfigError(f"data.source = 'hf:{name}': {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = found["train"] if "train" in found else next(iter(found.values()))

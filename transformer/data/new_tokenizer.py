@@ -11,9 +11,9 @@ from transformer.data.tokenizers import (
     EOS,
     PAD,
     UNK,
-    HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    huggingface_tokenizer,
     load_tokenizer,
 )
 
@@ -26,7 +26,7 @@ def read_tokenizer(kind: str, name: str) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"data.tokenizer_path = {name!r} does not exist")
     if kind == "huggingface":
-        return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name)
+        return huggingface_tokenizer(path.read_bytes().decode(errors="replace"), name)
     return SentencePieceTokenizer(path.read_bytes(), name)
 
 

@@ -6,6 +6,7 @@ itself, so that neither a kill nor the number of workers changes a byte. `index.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -63,6 +64,13 @@ def main() -> None:
         if error.errno is None:
             raise
         answer = {"errno": error.errno, "about": [error.strerror, *([str(error.filename)] if error.filename else [])]}
+    except RuntimeError as error:  # ArrayRecord's, which tells in words what the disk said
+        found = [
+            code for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) if os.strerror(code) in str(error)
+        ]
+        if not found:
+            raise
+        answer = {"errno": found[0], "about": [str(error)]}
     print(json.dumps(answer), flush=True)
 
 

@@ -131,6 +131,6 @@ def describe_shard(path: Path) -> Shard:
     return Shard(**json.loads(reader.read([reader.num_records() - 1])[0]))
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=512)  # open files, of which many systems allow a process 1,024
 def _reader(path: str) -> Any:
     return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")

@@ -1,6 +1,7 @@
 """Tokenizers: SentencePiece, raw bytes, single characters, and Hugging Face's tokenizer.json, behind one protocol."""
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,6 @@ Ids = Sequence[int] | np.ndarray
 _CONFIG_FILE = "tokenizer_config.json"
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 _ENCODE_CHARACTERS = 2**20  # SentencePiece's memory grows by about a hundred bytes for each byte of one call
-_HUGGING_FACE_ENDS = {
-    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
-    "end": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[SEP]"),
-}
 
 
 @runtime_checkable
@@ -60,11 +57,11 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + NUM_SPECIAL
 
     def decode(self, ids: Ids) -> str:
-        found = _between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
+        found = between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
         return found.astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, directory: Path) -> None:
-        _save(directory, kind="bytes")
+        save_config(directory, kind="bytes")
 
 
 class CharacterTokenizer:
@@ -75,7 +72,7 @@ class CharacterTokenizer:
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         self.vocab_size = NUM_SPECIAL + len(self.characters)
-        self.fingerprint = _hash("characters", self.characters.encode())
+        self.fingerprint = hash_of("characters", self.characters.encode())
         self._code_points = _code_points(self.characters)
         self._ids = np.full(0x110000, UNK, np.int32)
         self._ids[self._code_points] = np.arange(NUM_SPECIAL, self.vocab_size)
@@ -84,11 +81,11 @@ class CharacterTokenizer:
         return self._ids[_code_points(text)]
 
     def decode(self, ids: Ids) -> str:
-        found = _between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
+        found = between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
         return self._code_points[found].tobytes().decode("utf-32-le")
 
     def save(self, directory: Path) -> None:
-        _save(directory, kind="characters", characters=self.characters)
+        save_config(directory, kind="characters", characters=self.characters)
 
 
 class SentencePieceTokenizer:
@@ -97,7 +94,7 @@ class SentencePieceTokenizer:
     def __init__(self, model: bytes, where: str = "tokenizer.model"):
         import sentencepiece
 
-        self._model, self.fingerprint = model, _hash("sentencepiece", model)
+        self._model, self.fingerprint = model, hash_of("sentencepiece", model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
@@ -123,49 +120,18 @@ class SentencePieceTokenizer:
         return np.array(ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
-        found = _between(0, ids, self.vocab_size)
+        found = between(0, ids, self.vocab_size)
         return self._processor.decode(found[self._is_text[found]].tolist())
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.model", self._model)
-        _save(directory, kind="sentencepiece")
+        save_config(directory, kind="sentencepiece")
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizer.json` of Hugging Face (extra `hf`); its first and last tokens are known by their usual names."""
-
-    def __init__(self, content: str, where: str = "tokenizer.json"):
-        try:
-            import tokenizers
-        except ImportError as error:
-            problem = "data.tokenizer = 'huggingface' needs the extra hf: pip install 'transformer[hf]'"
-            raise ConfigError(problem) from error
-        self._content, self.fingerprint = content, _hash("huggingface", content.encode())
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(f"data.tokenizer_path = {where!r} is not a tokenizer.json: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        ends = {what: [n for n in names if n in vocabulary] for what, names in _HUGGING_FACE_ENDS.items()}
-        for what, names in ends.items():
-            if not names:
-                known = ", ".join(_HUGGING_FACE_ENDS[what])
-                problem = f"has no token for the {what} of a document, none of {known}"
-                raise ConfigError(f"data.tokenizer_path = {where!r} {problem}")
-        self.bos, self.eos = (vocabulary[ends[what][0]] for what in ("begin", "end"))
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def decode(self, ids: Ids) -> str:
-        return self._tokenizer.decode(_between(0, ids, self.vocab_size).tolist(), skip_special_tokens=True)
-
-    def save(self, directory: Path) -> None:
-        write_atomically(directory / "tokenizer.json", self._content)
-        _save(directory, kind="huggingface")
+def huggingface_tokenizer(content: str, where: str = "tokenizer.json") -> Tokenizer:
+    """Returns the tokenizer of a `tokenizer.json`; what it needs (extra `hf`) is loaded only here."""
+    module = importlib.import_module("transformer.data.huggingface_tokenizer")
+    return module.HuggingFaceTokenizer(content, where)
 
 
 def is_saved(directory: Path) -> bool:
@@ -181,19 +147,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if config["kind"] == "sentencepiece":
         return SentencePieceTokenizer((directory / "tokenizer.model").read_bytes(), str(directory))
     if config["kind"] == "huggingface":
-        return HuggingFaceTokenizer((directory / "tokenizer.json").read_text(), str(directory))
+        return huggingface_tokenizer((directory / "tokenizer.json").read_text(), str(directory))
     return CharacterTokenizer(config["characters"]) if config["kind"] == "characters" else ByteTokenizer()
 
 
-def _save(directory: Path, **config: str) -> None:
+def save_config(directory: Path, **config: str) -> None:
+    """Writes the kind of a tokenizer and what belongs to it: the file that makes a saved tokenizer whole."""
     write_atomically(directory / _CONFIG_FILE, json.dumps(config) + "\n")
 
 
-def _hash(kind: str, content: bytes) -> str:
+def hash_of(kind: str, content: bytes) -> str:
+    """Returns the fingerprint of a tokenizer."""
     return f"{kind}-{hashlib.blake2b(content, digest_size=10).hexdigest()}"
 
 
-def _between(low: int, ids: Ids, high: int) -> np.ndarray:
+def between(low: int, ids: Ids, high: int) -> np.ndarray:
+    """Returns the ids of at least `low` and below `high`."""
     found = np.asarray(ids, np.int64).reshape(-1)
     return found[(found >= low) & (found < high)]
 

@@ -41,7 +41,7 @@ def dot_product_attention(
 
     Each key and value head serves N / K query heads (Ainslie et al. 2023, arXiv:2305.13245). A query that
     may see no key gets zero. For a mask in which no query sees a later column, `block` queries at a time may meet only
-    the keys up to the last of them, which spares half the work.
+    the keys up to the last of them: for T much larger than `block`, half the work.
     """
     batch, length, num_heads, head_width = query.shape
     query = (query / math.sqrt(head_width)).reshape(batch, length, key.shape[2], -1, head_width)

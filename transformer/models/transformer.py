@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
     """Embedding, positions, a stack of blocks, and the output head. The parameters of all layers are stacked."""
 
     def __init__(self, config: ModelConfig):
-        assert config.scan_layers is not None, "`resolve` in training decides between loop and unrolling"
+        assert config.scan_layers is not None, "`for_platform` decides between loop and unrolling"
         self.config = config
         rows = (config.vocab_rows, config.width)
         padding = config.vocab_rows - (config.vocab_size or 0)

@@ -29,7 +29,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Tree], optax.GradientTransforma
 
 def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformation:
     """Returns clipping by the global norm followed by the optimizer's own rule, learning rate left out."""
-    rule = OPTIMIZERS[config.optimizer.name](config.optimizer, specs)
-    if not config.optimizer.clip_norm:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm), rule)
+    norm = config.optimizer.clip_norm
+    # The state has the same form with and without clipping, so that a run may change its mind.
+    clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
+    return optax.chain(clip, OPTIMIZERS[config.optimizer.name](config.optimizer, specs))

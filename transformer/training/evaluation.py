@@ -1,7 +1,7 @@
 """Validation: the objective's terms summed over the validation split."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,8 +30,10 @@ class Evaluator:
         for local in validation_batches(self._config, self._prepared, self._rows):
             yield global_array(self._mesh, self._rows, self._batch_size, local)
 
-    def __call__(self, params: Tree) -> dict[str, float]:
+    def __call__(self, params: Tree, interrupted: Callable[[], int] = lambda: 0) -> dict[str, Any]:
         """Returns loss, the mean of each term and measure, tokens, and bits a byte of the text.
+
+        `interrupted` is asked after each batch; an answer other than 0 comes back at once as `interrupted_by`.
 
         Sums are added up in double precision on the host, batch after batch, so that their order is fixed.
         """
@@ -44,6 +46,8 @@ class Evaluator:
                     total = totals.setdefault(name, [0.0, 0.0])
                     total[0] += float(value)
                     total[1] += float(weight)
+            if reason := interrupted():
+                return {"interrupted_by": reason}
         means = {name: value / max(weight, 1) for name, (value, weight) in (losses | measures).items()}
         result = {"loss": sum(means[name] for name in losses), **means}
         if "cross_entropy" in losses:

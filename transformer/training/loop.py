@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, locked, open_run, resolve
+from transformer.checkpointing.run import CHECKPOINTS, for_platform, locked, open_run, resolve
 from transformer.config import Config, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
@@ -44,7 +44,7 @@ def run(config: Config, workdir: Path) -> int:
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
         prepared = prepare_apart(config, show_progress=is_writer)
-        config = resolve(config, prepared.tokenizer.vocab_size, jax.default_backend())
+        config = resolve(config, prepared.tokenizer.vocab_size)
 
         with locked(workdir) if is_writer else contextlib.nullcontext():
             open_run(workdir, config, prepared, is_writer)
@@ -52,7 +52,7 @@ def run(config: Config, workdir: Path) -> int:
                 multihost_utils.sync_global_devices("the run directory is written")
 
             # Model and optimizer, and where each array of their state lives.
-            model = Transformer(config.model)
+            model = Transformer(for_platform(config.model, jax.default_backend()))
             optimizer = make_optimizer(config, parameter_specs(model))
             shardings = state_shardings(model, optimizer, mesh)
 
@@ -120,6 +120,8 @@ class Loop:
         self._tick()
 
         with jax.transfer_guard("disallow"), contextlib.ExitStack() as trace:
+            if step and self._due(step)[0] and not self.checkpoints.is_validated(step):
+                status = self._validate(step, state)[1]  # a signal came in between
             while step < last and not status:
                 if traced and step + 1 == traced.start:
                     trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
@@ -135,7 +137,7 @@ class Loop:
                     trace.close()
                 if status or any(self._due(step)):
                     status, pending = self._settle(pending) or status, None
-                    self._pause(step, state, status)
+                    status = self._pause(step, state, status)
 
         self.checkpoints.wait()
         if not status:
@@ -213,15 +215,13 @@ class Loop:
         signal = self.vote.read(vote)
         return 128 + signal if signal else 0
 
-    def _pause(self, step: int, state: TrainState, status: int) -> None:
-        """Validates, samples and saves what is due after `step`, in this order, so that a checkpoint has all before it."""
+    def _pause(self, step: int, state: TrainState, status: int) -> int:
+        """Validates, samples and saves what is due after `step`, in this order: a checkpoint has all before it. After a
+        signal, whose sender will not wait long, it only saves; the run that resumes begins by validating."""
         validates, saves = self._due(step)
         loss = None
-        if validates:
-            result = self.evaluator(state.params)
-            loss = result["loss"]
-            self.report.validation({"step": step, "split": "validation", **result})
-            self._sample(step, state)
+        if validates and not status:
+            loss, status = self._validate(step, state)
         self.report.sync()
         if saves or status:
             self.checkpoints.save(step, state.params, _rest(state), loss)
@@ -229,6 +229,16 @@ class Loop:
             self.checkpoints.wait()
             self.report.message(f"stopped by a signal after step {step}; saved, the same command goes on from here")
         self._tick()
+        return status
+
+    def _validate(self, step: int, state: TrainState) -> tuple[float | None, int]:
+        """Returns the validation loss and 0, or None and the exit status of a signal that came meanwhile."""
+        result = self.evaluator(state.params, lambda: self.vote.read(self.vote.cast()))
+        if "interrupted_by" in result:
+            return None, 128 + result["interrupted_by"]
+        self.report.validation({"step": step, "split": "validation", **result})
+        self._sample(step, state)
+        return result["loss"], 0
 
     def _sample(self, step: int, state: TrainState) -> None:
         prompt, tokenizer = self.config.evaluation.sample_prompt, self.prepared.tokenizer

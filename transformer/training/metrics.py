@@ -21,6 +21,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resume_step: int):
+        self._resume_step = resume_step
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
@@ -37,6 +38,8 @@ class MetricsLog:
         assert step >= self._step, f"step {step} comes after step {self._step}"
         if step > self._step:
             self._step, self._splits = step, set()
+        if step == self._resume_step and split in self._splits and split != "train":
+            return  # validated after the checkpoint that a kill has sent us back to
         assert split not in self._splits, f"step {step} of split {split!r} is already written"
         line = json.dumps({name: _plain(value) for name, value in record.items()}, allow_nan=False)
         self._file.write(line + "\n")

@@ -84,4 +84,4 @@ def _last(records: list[dict[str, Any]], split: str, losses: np.ndarray) -> str:
 
 @functools.cache
 def _tell_what_is_missing() -> None:
-    print('No loss plot: matplotlib is not installed (pip install "transformer[plots]")', file=sys.stderr, flush=True)
+    print("No loss plot: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr, flush=True)

@@ -1,8 +1,10 @@
 """Signals: the first asks the loop to save and leave, the second leaves at once."""
 
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 import jax
@@ -12,6 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """128 + number, as shells report it, so that Slurm and Kubernetes see an interruption and start the run again."""
+
+ECHO_SECONDS = 0.3
+"""Signals that follow the first within this time are the first once more."""
 
 
 class Signals:
@@ -53,11 +58,13 @@ class Signals:
 
 def _leave_at_second(reader: int) -> None:
     """Reads the numbers of signals from a pipe, a byte each, until it is closed; exits at the second that counts."""
-    seen = 0
+    first = math.inf
     while number := os.read(reader, 1):
-        seen += number[0] in EXIT_STATUS
-        if seen > 1:
-            os._exit(128 + number[0])
+        if number[0] in EXIT_STATUS:
+            # `timeout` and job schedulers send the same signal to the process and to its group, which is one signal.
+            if time.monotonic() - first > ECHO_SECONDS:
+                os._exit(128 + number[0])
+            first = min(first, time.monotonic())
     os.close(reader)
 
 

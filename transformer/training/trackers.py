@@ -58,16 +58,12 @@ class TensorBoard:
         self._writer.close()
 
 
-def _weights_and_biases(config: Config, workdir: Path, resume_step: int) -> Tracker:
-    module = importlib.import_module("transformer.training.weights_and_biases")  # only where it is asked for
-    return module.WeightsAndBiases(config, workdir, resume_step)
-
-
+_WANDB = "transformer.training.weights_and_biases"
 TRACKERS: dict[str, Callable[[Config, Path, int], Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": _weights_and_biases,
+    "wandb": lambda *run: importlib.import_module(_WANDB).WeightsAndBiases(*run),
 }
-"""Each tracker by the key of `tracking` that switches it on."""
+"""Each tracker by the key of `tracking` that switches it on; what needs an extra is loaded when it is asked for."""
 
 
 def trackers(config: Config, workdir: Path, resume_step: int) -> list[Tracker]:
@@ -80,7 +76,7 @@ def package(key: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        hint = 'install the extra `tracking` (pip install "transformer[tracking]"), or set it to False'
+        hint = "pip install -e '.[tracking]', or set it to False"
         raise ConfigError(f"tracking.{key} = True needs the package {name}: {hint}") from error
 
 
