@@ -197,7 +197,7 @@ def test_mistakes_in_generate_are_told_at_once(untrained: Path, capsys: pytest.C
     flags = ["--max-tokens", "0", "--temperature", "-1", "--top-k=-2", "--top-p", "1.5", "--prompt", "\udcff", "fine"]
     assert exit_status(cli.run, ["generate", "--workdir", str(untrained), *flags]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: --max-tokens = 0: must be greater than 0",
+        "error: --max-tokens = 0: must be greater than 0 and at most 16,777,216",
         "error: --temperature = -1.0: must not be negative",
         "error: --top-k = -2: must be from 0 to 2147483647",
         "error: --top-p = 1.5: must be above 0 and at most 1",

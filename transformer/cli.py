@@ -137,7 +137,9 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def generate(options: GenerateOptions) -> int:
-    problems = [] if options.max_tokens > 0 else [f"--max-tokens = {options.max_tokens}: must be greater than 0"]
+    limit = 2**24
+    fits = 0 < options.max_tokens <= limit
+    problems = [] if fits else [f"--max-tokens = {options.max_tokens}: must be greater than 0 and at most {limit:,}"]
     problems += [] if options.temperature >= 0 else [f"--temperature = {options.temperature}: must not be negative"]
     problems += [] if 0 <= options.top_k < 2**31 else [f"--top-k = {options.top_k}: must be from 0 to {2**31 - 1}"]
     problems += [] if 0 < options.top_p <= 1 else [f"--top-p = {options.top_p}: must be above 0 and at most 1"]

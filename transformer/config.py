@@ -317,7 +317,8 @@ _SHARES = (
     "optimizer.beta1 optimizer.beta2 optimizer.momentum"
 ).split()
 _LEAST_OR_MINUS_ONE = {"parallel.replica": 1, "parallel.fsdp": 1, "parallel.tensor": 1, "parallel.process_id": 0}
-_LARGEST = {"seed": 2**32 - 1, "train.num_steps": 2**31 - 1}
+_LARGEST = {"seed": 2**32 - 1, "train.num_steps": 2**31 - 1, "train.batch_size": 2**24}
+_LARGEST |= {"data.sequence_length": 2**24, "model.width": 2**20, "model.num_layers": 2**14}
 _AXIS_KEYS = ("replica", "fsdp", "tensor")
 
 

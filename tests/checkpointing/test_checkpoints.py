@@ -92,6 +92,21 @@ def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
         assert (checkpoints.steps(), checkpoints.best_step()) == ([1, 4], 1)
 
 
+def test_a_loss_that_comes_later_counts(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep_latest=1, keep_best=1)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        save(checkpoints, 1, 3.0)
+        save(checkpoints, 2)
+        assert not checkpoints.is_validated(2)
+        checkpoints.add_loss(2, 1.0)
+        assert checkpoints.is_validated(2)
+        save(checkpoints, 3, 2.0)
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3], 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() == 2
+        assert checkpoints.restore(2, params=small())["params"]["b"].tolist() == [2, 2]
+
+
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         save(checkpoints, 3)

@@ -98,6 +98,10 @@ def test_a_run_keeps_no_decision_of_the_hardware_and_names_files_from_anywhere(
     assert kept.data.path == (str(tmp_path / "corpus.jsonl"),)
     monkeypatch.chdir("/")
     assert loop.run(replace(kept, train={"num_steps": 2}), tmp_path / "run") == 0
+    (tmp_path / "odd [1]").mkdir()
+    monkeypatch.chdir(tmp_path / "odd [1]")
+    assert Path(_absolute(replace(config, data={"path": ("*.txt",)}).data)["path"][0]).parent.name == "odd [[]1]"
+    monkeypatch.chdir("/")
     sources = ("local_text:a.txt", "local_text:/b/*.md", "python_stdlib", "hf:c")
     assert _absolute(replace(config, data={"source": sources}).data)["source"] == ("local_text:/a.txt", *sources[1:])
 

@@ -194,6 +194,9 @@ def test_a_signal_does_not_wait_for_a_validation_that_is_due(
         assert [line["step"] for line in read_lines(workdir) if line["split"] == "validation"] == [5]
     assert loop.run(config, workdir) == 0
     assert_same_run(workdir, tmp_path / "whole")
+    # The checkpoint that the signal saved has got its loss, so the same one is the best.
+    with Checkpoints(workdir / "checkpoints") as ours, Checkpoints(tmp_path / "whole" / "checkpoints") as whole:
+        assert ours.is_validated(ours.steps()[-1]) and ours.best_step() == whole.best_step()
 
 
 def test_the_handlers_of_the_caller_are_back_after_a_run(make_run: Make, tmp_path: Path) -> None:

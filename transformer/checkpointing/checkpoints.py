@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -15,13 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from transformer.config import CheckpointConfig, ConfigError
+from transformer.config import CheckpointConfig, ConfigError, write_atomically
 
 PARAMETERS, REST = "params", "rest"
 """Items of a checkpoint: parameters alone, so that they can be read alone, and everything else."""
-
-METADATA_BYTES = 2**20
-"""Allowed for what describes the arrays of a checkpoint."""
 
 
 class Checkpoints:
@@ -78,23 +76,25 @@ class Checkpoints:
         return bool(self._manager.metrics(step))
 
     def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
-        """Starts a save; it becomes visible, by a rename, only once it is whole.
-
-        Raises OSError if the disk failed this save or the one before.
-        """
+        """Starts a save; it becomes visible, by a rename, only once it is whole. A loss that is NaN counts as infinite.
+        Raises OSError if the disk failed this save or the one before."""
         if step in self._manager.all_steps():
             return
-        metrics = None
-        if validation_loss is not None:
-            metrics = {"validation_loss": validation_loss if math.isfinite(validation_loss) else math.inf}
+        metrics = None if validation_loss is None else {"validation_loss": min(math.inf, validation_loss)}
         items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
         shards = [shard for leaf in jax.tree.leaves((params, rest)) for shard in leaf.addressable_shards]
-        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + METADATA_BYTES
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + 2**20  # and metadata
         if shutil.disk_usage(self._directory).free < needed:
             # Found out by Orbax, it would leave a half-written checkpoint and the tracebacks of several threads.
             raise OSError(errno.ENOSPC, f"No space left for a checkpoint of {needed:,} bytes", str(self._directory))
         with _disk_errors(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+    def add_loss(self, step: int, validation_loss: float) -> None:
+        """Gives a checkpoint its validation loss afterwards, in the file where Orbax looks for it."""
+        metrics = json.dumps({"validation_loss": min(math.inf, validation_loss)})
+        write_atomically(self._directory / str(step) / "metrics" / "metrics", metrics)
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when every started save is on disk; raises what went wrong in it, OSError if it was the disk."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,11 +128,13 @@ def _absolute(data: DataConfig) -> dict[str, Any]:
     """Returns the keys that name files, so that they name the same files from any directory."""
 
     def absolute(name: str) -> str:
-        kind = "local_text:" if name.startswith("local_text:") else ""
-        return kind + str(Path(name.removeprefix(kind)).expanduser().absolute())
+        kind, colon, path = name.partition(":") if name.startswith(("local_text:", "hf:")) else ("", "", name)
+        if kind == "hf":
+            return f"hf:{Path(path).expanduser().absolute()}" if Path(path).expanduser().exists() else name
+        return kind + colon + str(Path(glob.escape(os.getcwd())) / Path(path).expanduser())
 
-    source = tuple(absolute(name) if name.startswith("local_text:") else name for name in data.source)
-    tokenizer = absolute(data.tokenizer_path) if data.tokenizer_path else ""
+    source = tuple(name if name.startswith(("python_stdlib", "tfds:")) else absolute(name) for name in data.source)
+    tokenizer = str(Path(data.tokenizer_path).expanduser().absolute()) if data.tokenizer_path else ""
     return {"path": tuple(map(absolute, data.path)), "source": source, "tokenizer_path": tokenizer}
 
 

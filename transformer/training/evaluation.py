@@ -34,7 +34,6 @@ class Evaluator:
         """Returns loss, the mean of each term and measure, tokens, and bits a byte of the text.
 
         `interrupted` is asked after each batch; an answer other than 0 comes back at once as `interrupted_by`.
-
         Sums are added up in double precision on the host, batch after batch, so that their order is fixed.
         """
         losses: dict[str, list[float]] = {}

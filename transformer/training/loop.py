@@ -121,7 +121,10 @@ class Loop:
 
         with jax.transfer_guard("disallow"), contextlib.ExitStack() as trace:
             if step and self._due(step)[0] and not self.checkpoints.is_validated(step):
-                status = self._validate(step, state)[1]  # a signal came in between
+                loss, status = self._validate(step, state)  # a signal came in between
+                if loss is not None:
+                    self.report.sync()
+                    self.checkpoints.add_loss(step, loss)
             while step < last and not status:
                 if traced and step + 1 == traced.start:
                     trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
@@ -164,8 +167,9 @@ class Loop:
         memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         tokens = self.config.train.batch_size * self.config.data.sequence_length
+        shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         self.report.message(
-            f"{num_parameters(self.model):,} parameters; mesh {_shape(self.mesh)}; compiled in {seconds:.1f} s; per "
+            f"{num_parameters(self.model):,} parameters; mesh {shape or 'of one device'}; compiled in {seconds:.1f} s; per "
             f"device {arguments / 2**20:,.0f} MiB of arguments, {temporary / 2**20:,.0f} MiB of temporaries; "
             f"{self.flops_per_token * tokens:.3g} FLOPs a step"
         )
@@ -249,7 +253,3 @@ class Loop:
             options = {"temperature": 0.8, "seed": self.config.seed}
             [generation] = generate(self.model, state.params, tokenizer, [prompt], length, **options)
             self.report.sample(step, prompt, generation.text)
-
-
-def _shape(mesh: Mesh) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"

@@ -15,9 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """128 + number, as shells report it, so that Slurm and Kubernetes see an interruption and start the run again."""
 
-ECHO_SECONDS = 0.3
-"""Signals that follow the first within this time are the first once more."""
-
 
 class Signals:
     """Catches SIGTERM and SIGINT while it is entered.
@@ -62,7 +59,7 @@ def _leave_at_second(reader: int) -> None:
     while number := os.read(reader, 1):
         if number[0] in EXIT_STATUS:
             # `timeout` and job schedulers send the same signal to the process and to its group, which is one signal.
-            if time.monotonic() - first > ECHO_SECONDS:
+            if time.monotonic() - first > 0.3:
                 os._exit(128 + number[0])
             first = min(first, time.monotonic())
     os.close(reader)
