@@ -131,7 +131,7 @@ def _absolute(data: DataConfig) -> dict[str, Any]:
         kind, colon, path = name.partition(":") if name.startswith(("local_text:", "hf:")) else ("", "", name)
         if kind == "hf":
             return f"hf:{Path(path).expanduser().absolute()}" if Path(path).expanduser().exists() else name
-        return kind + colon + str(Path(glob.escape(os.getcwd())) / Path(path).expanduser())
+        return kind + colon + str(Path(glob.escape(str(Path.cwd()))) / Path(path).expanduser())
 
     source = tuple(name if name.startswith(("python_stdlib", "tfds:")) else absolute(name) for name in data.source)
     tokenizer = str(Path(data.tokenizer_path).expanduser().absolute()) if data.tokenizer_path else ""
