@@ -1,6 +1,7 @@
 """GPT-2 with 124 million parameters, trained as nanoGPT does (github.com/karpathy/nanoGPT, train_gpt2.py).
 
-The tokenizer is trained on the corpus, with GPT-2's number of tokens; for GPT-2's own pass
+The corpus is a sample of FineWeb, for OpenWebText needs a loading script, which `datasets` no longer runs. The tokenizer is
+trained on the corpus, with GPT-2's number of tokens; for GPT-2's own pass
 `--data.tokenizer huggingface --data.tokenizer-path tokenizer.json`.
 """
 

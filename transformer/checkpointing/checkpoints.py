@@ -72,7 +72,7 @@ class Checkpoints:
         return min(scored)[1] if scored and math.isfinite(min(scored)[0]) else None
 
     def is_validated(self, step: int) -> bool:
-        """Returns whether the checkpoint of `step` was saved with a validation loss."""
+        """Returns whether the checkpoint of `step` has a validation loss."""
         return bool(self._manager.metrics(step))
 
     def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
