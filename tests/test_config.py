@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from transformer import config as module
+from transformer.config import serialization, validation
 from transformer.config import (
     Config,
     ConfigError,
@@ -79,7 +79,7 @@ def test_defaults_stand_nowhere_else() -> None:
             about = [ast.unparse(node.args[0])] if fallback else []
             about += [ast.unparse(node.func.value)] if lookup and isinstance(node.func, ast.Attribute) else []
             names = [item.name for item in SECTIONS]
-            if any(text.split(".")[-1] in ("config", *names) for text in about) and path.name != "config.py":
+            if any(text.split(".")[-1] in ("config", *names) for text in about) and path.parent.name != "config":
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
     assert not found, "\n".join(found)
 
@@ -137,12 +137,12 @@ POSITIVE = (
     [
         *((key, 0, "must be greater than 0") for key in POSITIVE),
         *((key, -2, "must be greater than 0") for key in POSITIVE),
-        *((key, -1, "must not be negative") for key in module._NOT_NEGATIVE),
-        *((key, 1.5, "must be a share") for key in module._SHARES),
-        *((key, -0.1, "must be a share") for key in module._SHARES),
+        *((key, -1, "must not be negative") for key in validation._NOT_NEGATIVE),
+        *((key, 1.5, "must be a share") for key in validation._SHARES),
+        *((key, -0.1, "must be a share") for key in validation._SHARES),
         *((key, 0, "or -1") for key in ("parallel.replica", "parallel.fsdp", "parallel.tensor")),
-        *((key, -2, "or -1") for key in module._LEAST_OR_MINUS_ONE),
-        *((key, 2**32, "must be at most") for key in module._LARGEST),
+        *((key, -2, "or -1") for key in validation._LEAST_OR_MINUS_ONE),
+        *((key, 2**32, "must be at most") for key in validation._LARGEST),
         *((key, float("nan"), "finite") for key in keys() if type_of(key) is float),
         *((key, float("inf"), "finite") for key in keys() if type_of(key) is float),
     ],
@@ -529,7 +529,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "new" / "file.json"
     write_atomically(path, "before")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(module.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr(serialization.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space")))
         write_atomically(path, "after")
     assert path.read_text() == "before"
     assert list(path.parent.iterdir()) == [path]

@@ -82,8 +82,9 @@ class DescribeOptions:
 
 def prepare(options: PrepareOptions) -> int:
     from transformer.data.prepared import prepare_apart
+    from transformer.objectives import with_window
 
-    prepared = prepare_apart(options.config)
+    prepared = prepare_apart(with_window(options.config))
     print(f"tokenizer: {prepared.tokenizer.vocab_size:,} tokens")
     for source in prepared.sources:
         for split in (source.train, source.validation):
@@ -108,9 +109,10 @@ def evaluate(options: EvaluateOptions) -> int:
     import jax
 
     from transformer.data.prepared import prepare_apart
+    from transformer.objectives import with_window
     from transformer.training.evaluation import Evaluator
 
-    prepared = prepare_apart(config, show_progress=not options.as_json)
+    prepared = prepare_apart(with_window(config), show_progress=not options.as_json)
     if prepared.fingerprint != run.data_fingerprint:
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
     with jax.set_mesh(mesh):

@@ -13,7 +13,7 @@ from transformer.config import ModelConfig
 from transformer.models.flops import PEAK_FLOPS, forward_flops, peak_flops, training_flops_per_token
 from transformer.models.parameters import abstract_parameters
 from transformer.models.transformer import Transformer, apply
-from transformer.objectives.causal import softmax_cross_entropy
+from transformer.objectives.cross_entropy import softmax_cross_entropy
 
 GPT2 = ModelConfig(vocab_size=50_257, num_layers=12, width=768, num_heads=12)
 

@@ -90,7 +90,7 @@ def test_initial_values_do_not_depend_on_other_parameters():
 
 def test_every_array_and_layer_has_values_of_its_own():
     params = init_parameters(Transformer(SMALL), jax.random.key(0))
-    attention = params["layers"]["attention"]
+    attention = params["decoder"]["layers"]["mixer"]
     matrices = [np.array(attention[name]["kernel"][layer]) for name in ("query", "key", "value") for layer in range(3)]
     for number, one in enumerate(matrices):
         for other in matrices[:number]:
@@ -101,7 +101,7 @@ def test_every_array_and_layer_has_values_of_its_own():
 
 def test_scale_of_initial_values():
     params = init_parameters(Transformer(dataclasses.replace(SMALL, width=128)), jax.random.key(0))
-    layers, scale = params["layers"], SMALL.initial_scale
+    layers, scale = params["decoder"]["layers"], SMALL.initial_scale
     residual = scale / np.sqrt(2 * SMALL.num_layers)
     for value, expected in [
         (params["embedding"][:203], scale),

@@ -18,7 +18,7 @@ from transformer.config import ModelConfig
 from transformer.models.attention import ATTENTION, dot_product_attention
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
-from transformer.objectives.causal import softmax_cross_entropy
+from transformer.objectives.cross_entropy import softmax_cross_entropy
 
 # Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -103,15 +103,15 @@ def reference_row(config: ModelConfig, params: Any, tokens: Any, positions: Any,
         angles = positions[:, None] / 10_000 ** (np.arange(0, config.width, 2) / config.width)
         x = x * np.sqrt(config.width) + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     for layer in range(config.num_layers):
-        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["decoder"]["layers"])
         sublayers = [
-            ("attention", lambda y, p=p: reference_attention(config, p["attention"], y, positions, segments)),
+            ("mixer", lambda y, p=p: reference_attention(config, p["mixer"], y, positions, segments)),
             ("feedforward", lambda y, p=p: reference_feedforward(config, p["feedforward"], y)),
         ]
         for name, sublayer in sublayers:
             norm = partial(reference_norm, config, p[f"{name}_norm"])
             x = x + sublayer(norm(x)) if config.norm_placement == "pre" else norm(x + sublayer(x))
-    return reference_norm(config, params["final_norm"], x) if config.norm_placement == "pre" else x
+    return reference_norm(config, params["decoder"]["final_norm"], x) if config.norm_placement == "pre" else x
 
 
 def reference_norm(config: ModelConfig, p: Any, x: np.ndarray) -> np.ndarray:

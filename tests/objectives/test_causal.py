@@ -8,7 +8,7 @@ import pytest
 from transformer.config import ObjectiveConfig
 from transformer.models.transformer import MASKED_LOGIT, Outputs
 from transformer.objectives import OBJECTIVES, normalize
-from transformer.objectives.causal import softmax_cross_entropy
+from transformer.objectives.cross_entropy import softmax_cross_entropy
 
 RNG = np.random.default_rng(0)
 LOGITS = 3 * RNG.standard_normal((2, 5, 11))

@@ -70,8 +70,8 @@ def test_only_matrices_and_embeddings_decay(specs, tiny_config):
     moved = jax.tree.map(lambda a, p: not np.allclose(a, p), after, params)
     names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, leaf in
              jax.tree_util.tree_leaves_with_path(moved) if leaf}  # fmt: skip
-    attention = {f"layers/attention/{name}/kernel" for name in ("query", "key", "value", "output")}
-    feedforward = {"layers/feedforward/up/kernel", "layers/feedforward/down/kernel"}
+    attention = {f"decoder/layers/mixer/{name}/kernel" for name in ("query", "key", "value", "output")}
+    feedforward = {"decoder/layers/feedforward/up/kernel", "decoder/layers/feedforward/down/kernel"}
     assert names == {"embedding", "positions", "head"} | attention | feedforward
     roles = {spec.role for spec in jax.tree.leaves(specs, is_leaf=is_spec)}
     assert roles == {"matrix", "embedding", "norm", "bias"}

@@ -24,26 +24,34 @@ from transformer.config import (
     get,
     keys,
     replace,
+    source_length,
     to_json,
     write_atomically,
 )
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.models.dot_product import auto_on
 from transformer.models.parameters import Tree, map_specs, parameter_specs
 from transformer.models.transformer import Transformer
+from transformer.objectives import objective_of
 from transformer.parallel.sharding import sharding
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 
-MAY_CHANGE = tuple(
-    f"model.{name}" for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "dropout")
+MAY_CHANGE = (
+    *(f"model.{name}" for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "dropout")),
+    *("model.mixer_form", "model.chunk_size", "model.balance_loss", "model.router_z_loss", "model.balance_bias_rate"),
+    *("objective.z_loss", "objective.label_smoothing", "objective.future_weight"),
 )
-"""Keys of `model` that change neither the parameters nor what they mean."""
+"""Keys of `model` and `objective` that change neither the parameters nor what they mean, nor the examples."""
 
 FIXED = (
     *(key for key in keys() if key.startswith("model.") and key not in MAY_CHANGE),
-    *("data.sequence_length", "data.shuffle", "data.shift_windows", "data.weights"),
-    *("objective.name", "optimizer.name", "optimizer.momentum", "train.batch_size", "seed"),
+    *("data.sequence_length", "data.source_length", "data.window_length"),
+    *("data.shuffle", "data.shift_windows", "data.weights"),
+    *(key for key in keys() if key.startswith("objective.") and key not in MAY_CHANGE),
+    *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay"),
+    *("train.batch_size", "seed"),
 )
 """Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""
 
@@ -153,18 +161,21 @@ def locked(workdir: Path) -> Iterator[None]:
 def resolve(config: Config, vocab_size: int) -> Config:
     """Returns `config` with everything that depends on tokenizer and data filled in.
 
-    Raises ConfigError if the model's vocabulary is smaller than the tokenizer's.
+    Raises ConfigError if the model's vocabulary is smaller than the tokenizer's, with the objective's own tokens.
     """
     model = config.model
+    vocab_size += objective_of(config).num_extra_tokens(config)
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         problem = f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {vocab_size} tokens"
         raise ConfigError(f"{problem}: give at least that, or leave it out")
-    num_positions = model.num_positions or config.data.sequence_length
+    num_positions = model.num_positions or max(config.data.sequence_length, source_length(config))
     return replace(config, model={"vocab_size": model.vocab_size or vocab_size, "num_positions": num_positions})
 
 
 def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     """Returns `model` with what it leaves to the hardware decided; a run directory does not keep these decisions."""
-    attention = model.attention_implementation or ("causal_blocks" if platform == "cpu" else "reference")
+    attention = model.attention_implementation
+    if attention == "auto":
+        attention = auto_on(platform)
     scan = platform != "cpu" if model.scan_layers is None else model.scan_layers
     return dataclasses.replace(model, attention_implementation=attention, scan_layers=scan)

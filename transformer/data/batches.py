@@ -15,9 +15,8 @@ from transformer.data.prepared import Prepared, Source
 from transformer.data.shards import Window, pseudo_random
 
 Batch = dict[str, np.ndarray]
-"""`inputs`, `targets`, `positions`, `segment_ids` (int32) and `weights` (float32), each [rows, T].
-
-Windows as `Split.window` describes them; padding has segment 0 and weight 0.
+"""`inputs`, `targets`, `positions`, `segment_ids` (int32) and `weights` (float32), each [rows, T], or what else the
+objective's rows have; padding has segment 0 and weight 0.
 """
 
 
@@ -26,12 +25,13 @@ def train_batch(config: Config, prepared: Prepared, step: int, rows: Sequence[in
     data, size = config.data, config.train.batch_size
     weights = data.weights or tuple(float(source.train.num_tokens) for source in prepared.sources)
     choices = _choices(prepared.sources, weights, data.shuffle, config.seed)
-    windows = []
+    made: list[Window] = []
     for row in range(size) if rows is None else rows:
         source, number, epoch = choices[step * size + row]
-        seed = config.seed if data.shift_windows and epoch else None
-        windows.append(prepared.sources[source].train.window(number, seed, epoch))
-    return _batch(windows, data.sequence_length)
+        cut = config.seed if data.shift_windows and epoch else None
+        window = prepared.sources[source].train.window(number, cut, epoch)
+        made.append(_make(prepared, window, config.seed, step * size + row))
+    return _batch(config, prepared, made)
 
 
 def train_batches(config: Config, prepared: Prepared, start_step: int, rows: Sequence[int]) -> Iterator[Batch]:
@@ -62,23 +62,38 @@ def _validation_size(config: Config) -> int:
 def _validation_batch(config: Config, prepared: Prepared, rows: Sequence[int], number: int) -> Batch:
     splits = [source.validation for source in prepared.sources]
     first = np.cumsum([0, *(split.num_windows for split in splits)])
-    windows: list[Window] = []
+    made: list[Window] = []
     for row in rows:
         window = number * _validation_size(config) + row
         source = int(np.searchsorted(first, window, side="right")) - 1
-        windows.append(splits[source].window(window - int(first[source])) if source < len(splits) else {})
-    return _batch(windows, config.data.sequence_length)
+        if source < len(splits):
+            # The same examples whatever the run's seed, so that losses can be compared.
+            made.append(_make(prepared, splits[source].window(window - int(first[source])), "validation", window))
+        else:
+            made.append({})
+    return _batch(config, prepared, made)
 
 
-def _batch(windows: Sequence[Window], length: int) -> Batch:
-    """Stacks windows, each padded to `length` at its end."""
-    batch = {name: np.zeros((len(windows), length), np.int32) for name in ("inputs", "targets")}
-    batch |= {name: np.zeros((len(windows), length), np.int32) for name in ("positions", "segment_ids")}
-    batch |= {"weights": np.zeros((len(windows), length), np.float32)}
-    for row, window in enumerate(windows):
-        for name, values in window.items():
-            batch[name][row, : len(values)] = values
+def _make(prepared: Prepared, window: Window, *place: object) -> Window:
+    """Returns the row that a window becomes; what is random about it depends on its place alone."""
+    if prepared.maker is None:
+        return window
+    return prepared.maker(window, np.random.Generator(np.random.Philox(pseudo_random(2**63, *place))))
+
+
+def _batch(config: Config, prepared: Prepared, made: Sequence[Window]) -> Batch:
+    """Stacks rows, each array padded at its end."""
+    arrays = prepared.maker.arrays if prepared.maker else _window_arrays(config.data.sequence_length)
+    batch = {name: np.zeros((len(made), length), dtype) for name, (length, dtype) in arrays.items()}
+    for number, row in enumerate(made):
+        for name, values in row.items():
+            batch[name][number, : len(values)] = values
     return batch
+
+
+def _window_arrays(length: int) -> dict[str, tuple[int, str]]:
+    tokens = {name: (length, "int32") for name in ("inputs", "targets", "positions", "segment_ids")}
+    return tokens | {"weights": (length, "float32")}
 
 
 def _read_ahead(config: Config, numbers: range, read: Callable[[int], Batch]) -> Iterator[Batch]:

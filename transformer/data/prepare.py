@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from transformer.config import Config, ConfigError, from_json, write_atomically
+from transformer.config import Config, ConfigError, from_json, window_length, write_atomically
 from transformer.data import files, new_tokenizer, shards, sources, tokenizers
 from transformer.data.prepared import SPLITS, Prepared, load_prepared
 from transformer.data.shards import Shard
@@ -77,7 +77,7 @@ def main() -> None:
 def _make(config: Config, show_progress: bool) -> tuple[str, str, list[str]]:
     """Makes what is missing; returns where the tokenizer is, the fingerprint, and where the shards of each source are."""
     data, root = config.data, sources.cache_dir(config) / "tokens"
-    cuts = (data.validation_documents, data.validation_tail, data.sequence_length, SHARD_BYTES, MAX_SHARDS)
+    cuts = (data.validation_documents, data.validation_tail, window_length(config), SHARD_BYTES, MAX_SHARDS)
     with Workers(data.num_workers, show_progress) as workers:
         corpora = sources.open_sources(config)
         tokenizer, saved = _tokenizer(config, corpora, workers)
@@ -221,7 +221,7 @@ def _write_shards(
         tasks += [(directory / f"{name}-{i:05d}.array_record", part, numbers) for i, numbers in groups]
     write = functools.partial(_write_shard, config, corpus.documents, saved)
     written = workers.map(write, tasks, f"tokenising {corpus.name}")
-    index: dict[str, object] = {"name": corpus.name, "sequence_length": config.data.sequence_length}
+    index: dict[str, object] = {"name": corpus.name, "sequence_length": window_length(config)}
     index["token_type"] = shards.token_type(tokenizer.vocab_size)
     for name in SPLITS:
         own = [shard for shard in written if shard.file.startswith(name)]
@@ -248,4 +248,4 @@ def _write_shard(config: Config, documents: Documents, saved: Path, task: tuple[
     for text in _texts(config, documents, part, numbers):
         ids.append(np.concatenate([begin, tokenizer.encode(text), end[: part != "head"]]))
         num_bytes += len(text.encode())
-    return shards.write_shard(path, ids, num_bytes, tokenizer.vocab_size, config.data.sequence_length)
+    return shards.write_shard(path, ids, num_bytes, tokenizer.vocab_size, window_length(config))

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from transformer.config import Config, ConfigError, to_json
-from transformer.data.shards import Shard, Split
+from transformer.data.shards import Shard, Split, Window
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -23,6 +26,19 @@ class Source:
     validation: Split
 
 
+class Maker(Protocol):
+    """How a window of text becomes a row of a batch: what an objective does."""
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, str]]:
+        """Length and NumPy type of each array of a row."""
+        ...
+
+    def __call__(self, window: Window, rng: np.random.Generator) -> Window:
+        """Returns the arrays of the row, each up to its length."""
+        ...
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What the batches are made from."""
@@ -31,6 +47,8 @@ class Prepared:
     fingerprint: str
     """Changes whenever a token does: of the corpora, the tokenizer and the way of cutting."""
     sources: tuple[Source, ...]
+    maker: Maker | None = None
+    """Makes examples from windows; None: a window is an example."""
 
 
 def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepared:

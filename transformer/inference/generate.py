@@ -14,21 +14,13 @@ from jaxtyping import Array, Int
 from transformer.config import ConfigError
 from transformer.data.tokenizers import PAD, Tokenizer
 from transformer.inference.sampling import sample_logits
-from transformer.models.attention import Cache, empty_cache
+from transformer.models.cache import Cache, map_cache
 from transformer.models.parameters import Tree
-from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
+from transformer.models.transformer import MASKED_LOGIT, Transformer, apply, empty_cache
 from transformer.parallel.sharding import constrain, replicated
 
 PROMPT_MULTIPLE, CACHE_MULTIPLE = 32, 128
 """Lengths in tokens are rounded up to these, so that programs compiled for one prompt serve others."""
-
-_CACHE_AXES = {
-    "key": ("layers", "batch", "length", "kv_heads", "head_width"),
-    "value": ("layers", "batch", "length", "kv_heads", "head_width"),
-    "positions": ("batch", "length"),
-    "segment_ids": ("batch", "length"),
-    "index": (),
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,8 @@ def _advance(model: Transformer, params: Tree, batch: dict[str, Array], cache: C
 
     tokens = constrain(jax.vmap(row)(jnp.arange(len(logits)), logits), "length")
     assert outputs.cache is not None
-    cache = {name: constrain(array, *_CACHE_AXES[name]) for name, array in outputs.cache.items()}
+    specs = model.cache_specs(*outputs.cache["positions"].shape)
+    cache = map_cache(lambda spec, array: constrain(array, *spec.axes), specs, outputs.cache)
     positions = batch["positions"][:, -1:] + 1
     following = {"inputs": tokens[:, None], "positions": positions, "segment_ids": jnp.ones_like(positions)}
     following = {name: constrain(array, "length", "length") for name, array in following.items()}
@@ -71,7 +64,7 @@ def _advance(model: Transformer, params: Tree, batch: dict[str, Array], cache: C
 
 @partial(jax.jit, static_argnames=("model", "cache_length"))
 def _prefill(model: Transformer, params: Tree, batch: dict[str, Array], draw: Draw, cache_length: int) -> Step:
-    cache = empty_cache(model.config, len(batch["inputs"]), cache_length)
+    cache = empty_cache(model, len(batch["inputs"]), cache_length)
     return _advance(model, params, batch, cache, draw)
 
 

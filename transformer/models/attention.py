@@ -1,135 +1,181 @@
-"""Scaled dot-product attention with many heads, and the one place where masks are made."""
+"""Attention with many heads as a layer: of a text to itself, and of a decoder to what its encoder read."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from transformer.config import ModelConfig
-from transformer.models.layers import Linear, rotate
+from transformer.config import LayerKind, ModelConfig
+from transformer.models.cache import Cache, CacheSpec, read, write
+from transformer.models.dot_product import attend
+from transformer.models.layers import Linear, Norm, residual_scale
+from transformer.models.masks import Mask, Sparsity, Tokens
+from transformer.models.mixers import Context
+from transformer.models.positions import rotate
 from transformer.parallel.sharding import constrain
 
+KEY_AXES = ("batch", "length", "kv_heads", "head_width")
 
-def attention_mask(
-    query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B S"],
-    query_segments: Int[Array, "B T"],
-    key_segments: Int[Array, "B S"],
-) -> Bool[Array, "B T S"]:
-    """Returns which keys each query may see: of its own segment, and not later than itself.
 
-    Positions rise within a segment, so comparing them is causality; segment 0 is padding, which sees
-    nothing and is seen by nothing.
+def attention_scale(config: ModelConfig) -> float:
+    """Returns the factor of the products of queries and keys.
+
+    Under muP it falls with the width itself (Yang et al. 2022, arXiv:2203.03466, definition 4.1), and is that of the
+    standard parametrisation for heads of 64.
     """
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    causal = query_positions[:, :, None] >= key_positions[:, None, :]
-    return same & causal & (query_segments != 0)[:, :, None]
+    if config.attention_scale is not None:
+        return config.attention_scale
+    return 8 / config.head_dim if config.parametrization == "mup" else 1 / math.sqrt(config.head_dim)
 
 
-def dot_product_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    mask: Bool[Array, "B T S"],
-    block: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, section 3.2.1), the softmax in float32.
-
-    Each key and value head serves N / K query heads (Ainslie et al. 2023, arXiv:2305.13245). A query that
-    may see no key gets zero. For a mask in which no query sees a later column, `block` queries at a time may meet only
-    the keys up to the last of them: for T much larger than `block`, half the work.
-    """
-    batch, length, num_heads, head_width = query.shape
-    query = (query / math.sqrt(head_width)).reshape(batch, length, key.shape[2], -1, head_width)
-    # Heads before tokens: the order in which XLA's CPU backend multiplies fastest.
-    query, key, value = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    product, outputs = partial(jnp.einsum, preferred_element_type=jnp.float32), []
-    for start in range(0, length, block or length):
-        rows = slice(start, start + block if block else None)
-        keys = slice(rows.stop)
-        logits = product("bkgth,bksh->bkgts", query[:, :, :, rows], key[:, :, keys])
-        logits = jnp.where(mask[:, None, None, rows, keys], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        outputs.append(product("bkgts,bksh->bkgth", weights, value[:, :, keys]).astype(value.dtype))
-    output = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_width)
-    return jnp.where(jnp.any(mask, axis=-1)[:, :, None, None], output, 0)
-
-
-ATTENTION = {"reference": dot_product_attention, "causal_blocks": partial(dot_product_attention, block=128)}
-"""The implementations by name; each computes what `dot_product_attention` does."""
-
-Cache = dict[str, jax.Array]
-"""Keys and values of earlier tokens, `key` and `value` [L, B, S, K, H], with their `positions` and `segment_ids`
-[B, S], and `index`, the number of columns in use."""
-
-
-def empty_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
-    """Returns a cache with room for `length` tokens (S) of each of `batch_size` sequences."""
-    shape = (config.num_layers, batch_size, length, config.kv_heads, config.head_dim)
-    return {
-        "key": jnp.zeros(shape, config.compute_dtype),
-        "value": jnp.zeros(shape, config.compute_dtype),
-        "positions": jnp.zeros((batch_size, length), jnp.int32),
-        "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
-        "index": jnp.zeros((), jnp.int32),
-    }
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What every layer of one forward pass needs besides its input; a pytree."""
-
-    mask: Bool[Array, "B T S"]
-    rotary: tuple[Array, Array] | None
-    index: Int[Array, ""] | None
-    """Column of the cache where the new keys go."""
-
-
-jax.tree_util.register_dataclass(Shared, ["mask", "rotary", "index"], [])
+def split_heads(x: Float[Array, "B T E"], count: int, name: str) -> Float[Array, "B T N H"]:
+    """Returns heads that are stored side by side, apart."""
+    return constrain(x.reshape(*x.shape[:2], count, -1), "batch", "length", name, "head_width")
 
 
 class SelfAttention(nnx.Module):
     """Multi-head, grouped or multi-query self-attention; heads are stored side by side, [D, N * H]."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
+        self.config, self.sparsity = config, Sparsity.of(config, kind.pattern)
+        width, head = config.width, config.head_dim
+        queries, keys = config.num_heads * head, config.kv_heads * head
+        self.query = Linear(config, (width, queries), ("embed", "heads"))
+        self.key = Linear(config, (width, keys), ("embed", "kv_heads"))
+        self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
+        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale(config, num_layers))
+        self.query_norm = Norm(config, head) if config.qk_norm else None
+        self.key_norm = Norm(config, head) if config.qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        config = self.config
+        query = split_heads(self.query(x), config.num_heads, "heads")
+        key = split_heads(self.key(x), config.kv_heads, "kv_heads")
+        value = split_heads(self.value(x), config.kv_heads, "kv_heads")
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if context.rotary is not None:
+            angles = context.rotary[config.head_dim]
+            query, key = rotate(query, angles), rotate(key, angles)
+        mask = context.mask(self.sparsity)
+        if cache is not None:
+            remember = _remember_window if self.sparsity.pattern == "window" else remember_all
+            cache, (key, value), mask = remember(cache, layer, {"key": key, "value": value}, context, mask)
+        output = attend(
+            config.attention_implementation,
+            *(query, key, value, mask),
+            bias=context.bias,
+            scale=attention_scale(config),
+            soft_cap=config.attention_soft_cap,
+        )
+        return self.output(output.reshape(*x.shape[:2], -1)), cache
+
+    def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
+        config = self.config
+
+        def pair(prefix: str, columns: int) -> dict[str, CacheSpec]:
+            shape = (batch_size, columns, config.kv_heads, config.head_dim)
+            names = (f"{prefix}key", f"{prefix}value")
+            return {name: CacheSpec(shape, KEY_AXES, config.compute_dtype) for name in names}
+
+        if self.sparsity.pattern != "window":
+            return pair("", length)
+        sinks = pair("sink_", self.sparsity.num_sinks) if self.sparsity.num_sinks else {}
+        return pair("", min(length, self.sparsity.window)) | sinks
+
+
+def remember_all(
+    cache: Cache, layer: Any, new: dict[str, Array], context: Context, mask: Mask
+) -> tuple[Cache, list[Array], Mask]:
+    """Writes new keys and values to their columns; returns the cache, those of all columns, and the mask as it was."""
+    cache = cache | {name: write(cache[name], layer, value, context.index) for name, value in new.items()}
+    return cache, [read(cache[name], layer) for name in new], mask
+
+
+def _remember_window(
+    cache: Cache, layer: Any, new: dict[str, Array], context: Context, mask: Mask
+) -> tuple[Cache, list[Array], Mask]:
+    """Keeps only as many columns as the window has, in a ring, and the first tokens of the text where they are sinks.
+
+    The new tokens see the ring as it was, and each other; then those that are not padding overwrite the oldest. Column
+    c has its place at c modulo the ring's length.
+    """
+    index, tokens, sinks = context.index, context.tokens, mask.sparsity.num_sinks
+    assert index is not None
+    size, length = cache["key"].shape[2], tokens.positions.shape[1]
+    slots = jnp.arange(size)
+    column = index - 1 - (index - 1 - slots) % size  # the last column before `index` at each place
+    held = jax.tree.map(lambda x: jnp.take(x, jnp.maximum(column, 0), axis=1), context.columns)
+    held = dataclasses.replace(held, segment_ids=jnp.where(column >= 0, held.segment_ids, 0))
+    parts, pieces = [held, tokens], {name: [read(cache[name], layer), value] for name, value in new.items()}
+    if sinks:
+        # A token that is a sink is seen in its own place alone.
+        is_sink = (tokens.positions < sinks) & (tokens.segment_ids != 0)
+        place = jnp.where(is_sink, tokens.positions, sinks)
+        rows = jnp.arange(place.shape[0])[:, None]
+        for name, value in new.items():
+            kept = read(cache[f"sink_{name}"], layer)
+            kept = kept.at[rows, place].set(value.astype(kept.dtype), mode="drop")
+            cache = cache | {f"sink_{name}": write(cache[f"sink_{name}"], layer, kept)}
+            pieces[name].insert(0, kept)
+        parts = [
+            dataclasses.replace(part, segment_ids=jnp.where(part.positions < sinks, 0, part.segment_ids))
+            for part in parts
+        ]
+        is_used = context.columns.segment_ids != 0
+        seen = jnp.max(jnp.where(is_used, context.columns.positions, -1), axis=1, keepdims=True)
+        numbers = jnp.broadcast_to(jnp.arange(sinks), (place.shape[0], sinks))
+        parts.insert(0, Tokens(numbers, jnp.where(numbers <= seen, 1, 0)))
+    newest = slice(max(0, length - size), None)
+    at = (index + jnp.arange(length)[newest]) % size
+    is_token = (tokens.segment_ids[:, newest] != 0)[:, :, None, None]
+    for name, value in new.items():
+        kept = read(cache[name], layer)
+        fresh = jnp.where(is_token, value[:, newest].astype(kept.dtype), kept[:, at])
+        cache = cache | {name: write(cache[name], layer, kept.at[:, at].set(fresh))}
+    keys = jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts)
+    joined = [jnp.concatenate(values, axis=1) for values in pieces.values()]
+    return cache, joined, dataclasses.replace(mask, key=keys, aligned=False)
+
+
+class CrossAttention(nnx.Module):
+    """A decoder's queries on its encoder's output, the keys and values of which are computed once for each text."""
+
+    def __init__(self, config: ModelConfig, num_layers: int):
         self.config = config
         width, head = config.width, config.head_dim
         queries, keys = config.num_heads * head, config.kv_heads * head
         self.query = Linear(config, (width, queries), ("embed", "heads"))
         self.key = Linear(config, (width, keys), ("embed", "kv_heads"))
         self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
-        residual_scale = config.initial_scale / math.sqrt(2 * config.num_layers)
-        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale)
+        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale(config, num_layers))
 
     def __call__(
-        self, x: Float[Array, "B T D"], shared: Shared, cache: Cache | None, layer: Int[Array, ""] | int
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        config = self.config
-        batch, length, _ = x.shape
+        config, memory = self.config, context.memory
+        assert memory is not None
+        query = split_heads(self.query(x), config.num_heads, "heads")
+        if memory.hidden is None:
+            assert cache is not None
+            key, value = read(cache["key"], layer), read(cache["value"], layer)
+        else:
+            key = split_heads(self.key(memory.hidden), config.kv_heads, "kv_heads")
+            value = split_heads(self.value(memory.hidden), config.kv_heads, "kv_heads")
+            if cache is not None:
+                cache = {"key": write(cache["key"], layer, key), "value": write(cache["value"], layer, value)}
+        mask = Mask(context.tokens, memory.tokens, causal=False, aligned=False)
+        name, scale = config.attention_implementation, attention_scale(config)
+        output = attend(name, query, key, value, mask, scale=scale, soft_cap=config.attention_soft_cap)
+        return self.output(output.reshape(*x.shape[:2], -1)), cache
 
-        def heads(linear: Linear, count: int, name: str) -> jax.Array:
-            split = linear(x).reshape(batch, length, count, config.head_dim)
-            return constrain(split, "batch", "length", name, "head_width")
-
-        query = heads(self.query, config.num_heads, "heads")
-        key = heads(self.key, config.kv_heads, "kv_heads")
-        value = heads(self.value, config.kv_heads, "kv_heads")
-        if shared.rotary is not None:
-            query, key = rotate(query, shared.rotary), rotate(key, shared.rotary)
-        if cache is not None:
-            assert shared.index is not None
-            start = (layer, 0, shared.index, 0, 0)
-            cache = cache | {
-                "key": jax.lax.dynamic_update_slice(cache["key"], key[None], start),
-                "value": jax.lax.dynamic_update_slice(cache["value"], value[None], start),
-            }
-            key = jax.lax.dynamic_index_in_dim(cache["key"], layer, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(cache["value"], layer, keepdims=False)
-        # A cache's columns are not in step with the queries.
-        implementation = None if cache is not None else config.attention_implementation
-        output = ATTENTION[implementation or "reference"](query, key, value, shared.mask)
-        return self.output(output.reshape(batch, length, -1)), cache
+    def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
+        """Returns what is kept of the `length` columns that the encoder read."""
+        shape = (batch_size, length, self.config.kv_heads, self.config.head_dim)
+        return {name: CacheSpec(shape, KEY_AXES, self.config.compute_dtype) for name in ("key", "value")}

@@ -1,23 +1,42 @@
-"""The pieces of a block: linear maps, norms, dropout and positions."""
+"""The pieces of a block: linear maps, norms and dropout."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from transformer.config import ModelConfig
-from transformer.models.parameters import normal, ones, parameter, zeros
+from transformer.models.parameters import Role, normal, ones, parameter, zeros
+
+
+def hidden_scale(config: ModelConfig) -> float:
+    """Returns the standard deviation of initial weights of maps from the width; muP makes it fall with its root."""
+    return config.initial_scale / math.sqrt(config.width_ratio)
+
+
+def residual_scale(config: ModelConfig, num_layers: int) -> float:
+    """Returns the same for weights that write to the residual stream (Radford et al. 2019, section 2.3)."""
+    return hidden_scale(config) / (math.sqrt(2 * num_layers) if config.depth_scaled_init else 1)
 
 
 class Linear(nnx.Module):
     """y = x W + b, with W cast to the type of x."""
 
-    def __init__(self, config: ModelConfig, dims: tuple[int, int], axes: tuple[str, str], scale: float | None = None):
-        self.kernel = parameter(dims, axes, normal(config.initial_scale if scale is None else scale), "matrix")
+    def __init__(
+        self,
+        config: ModelConfig,
+        dims: tuple[int, int],
+        axes: tuple[str, str],
+        scale: float | None = None,
+        role: Role = "matrix",
+        bias: bool | None = None,
+    ):
+        self.kernel = parameter(dims, axes, normal(hidden_scale(config) if scale is None else scale), role)
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
-        self.bias = parameter(dims[1:], (bias_axis,), zeros, "bias") if config.biases else None
+        biased = config.biases if bias is None else bias
+        self.bias = parameter(dims[1:], (bias_axis,), zeros, "bias") if biased else None
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = (as_rows(x) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
@@ -34,15 +53,19 @@ def as_rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 
 
 class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) or RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), in float32; or
+    nothing. Over the last dimension, which is the model's width unless told otherwise."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width: int | None = None):
         self.config = config
-        self.scale = parameter((config.width,), ("norm",), ones, "norm")
+        dims, exists = (config.width if width is None else width,), config.norm != "none"
+        self.scale = parameter(dims, ("norm",), ones, "norm") if exists else None
         biased = config.biases and config.norm == "layernorm"
-        self.bias = parameter((config.width,), ("norm",), zeros, "bias") if biased else None
+        self.bias = parameter(dims, ("norm",), zeros, "bias") if biased else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        if self.scale is None:
+            return x
         y = x.astype(jnp.float32)
         if self.config.norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -58,32 +81,6 @@ def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Fl
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-
-def sinusoidal_positions(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
-    """Returns the sines and cosines of Vaswani et al. (2017), section 3.5: sines first, then cosines."""
-    frequencies = jnp.exp(jnp.arange(width // 2) * (-math.log(10_000.0) / (width // 2)))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def rotary_angles(
-    positions: Int[Array, "B T"], head_width: int, base: float
-) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
-    """Returns cosine and sine of each position's angle in each of R = H / 2 planes (Su et al. 2021, arXiv:2104.09864)."""
-    frequencies = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "B T N H"], angles: tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]
-) -> Float[Array, "B T N H"]:
-    """Turns the plane (i, i + H/2) of every head by its position's angle."""
-    cosine, sine = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(x.dtype)
 
 
 @jax.custom_vjp

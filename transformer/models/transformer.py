@@ -1,10 +1,12 @@
-"""The decoder-only Transformer (Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019)."""
+"""The network: embedding, positions, an encoder, a decoder or both, and the output head.
 
+Vaswani et al. 2017 (arXiv:1706.03762); Radford et al. 2019; Devlin et al. 2019 (arXiv:1810.04805).
+"""
+
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from transformer.config import ModelConfig
-from transformer.models.attention import Cache, SelfAttention, Shared, attention_mask
-from transformer.models.layers import Linear, Norm, as_rows, dropout, materialize, rotary_angles, sinusoidal_positions
-from transformer.models.parameters import Tree, bind, normal, parameter, parameter_specs, stack
+from transformer.models.blocks import Stack, fold_in
+from transformer.models.cache import Cache, CacheSpec, zeros
+from transformer.models.feedforward import Auxiliary
+from transformer.models.future import FutureTokens
+from transformer.models.layers import Linear, as_rows, dropout, materialize
+from transformer.models.masks import Tokens
+from transformer.models.mixers import Context, Memory
+from transformer.models.parameters import Tree, bind, normal, parameter
+from transformer.models.positions import Angles, rotary_angles, sinusoidal_positions
 from transformer.parallel.sharding import constrain
 
 MASKED_LOGIT = -1e30
 """Logit of the padding columns: nothing in a softmax, and finite, so that no gradient is NaN."""
-
-_ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}
-_GATES = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclass(frozen=True)
@@ -31,66 +36,19 @@ class Outputs:
     hidden: Float[Array, "B T D"]
     """Final hidden states, after the last norm."""
     logits: Callable[[Float[Array, "... D"]], Float[Array, "... V"]]
-    """Maps hidden states, all or some of them, to float32 logits over the padded vocabulary."""
+    """Maps hidden states, all or some of them, to float32 logits over the padded vocabulary, or over labels."""
     auxiliary: dict[str, tuple[Float[Array, ""], Float[Array, ""]]] = field(default_factory=dict)
     """Loss terms of the model's own, each (sum, weight)."""
+    statistics: dict[str, tuple[Float[Array, ""], Float[Array, ""]]] = field(default_factory=dict)
+    """What the model reports of itself, each (sum, weight)."""
+    future: Callable[[Int[Array, "B T"]], list[Float[Array, "B T D"]]] | None = None
+    """Maps the tokens after each to hidden states that predict the one after those, and so on (`multi_token`)."""
     cache: Cache | None = None
     """The cache with this batch's tokens in it, if one was given."""
 
 
-class FeedForward(nnx.Module):
-    """The MLP: two linear maps around GELU or ReLU, or a gated one (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.up = Linear(config, (config.width, config.ff_width), ("embed", "mlp"))
-        self.gate = Linear(config, (config.width, config.ff_width), ("embed", "mlp")) if config.gated else None
-        residual_scale = config.initial_scale / math.sqrt(2 * config.num_layers)
-        self.down = Linear(config, (config.ff_width, config.width), ("mlp", "embed"), residual_scale)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        hidden = materialize(constrain(self.up(x), "batch", "length", "mlp"))
-        if self.gate is None:
-            hidden = _ACTIVATIONS[self.config.activation](hidden)
-        else:
-            gate = materialize(constrain(self.gate(x), "batch", "length", "mlp"))
-            hidden = hidden * _GATES[self.config.activation](gate)
-        return self.down(materialize(hidden))
-
-
-class Block(nnx.Module):
-    """Attention, then the MLP, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.attention_norm = Norm(config)
-        self.attention = SelfAttention(config)
-        self.feedforward_norm = Norm(config)
-        self.feedforward = FeedForward(config)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        shared: Shared,
-        cache: Cache | None,
-        layer: Int[Array, ""] | int,
-        key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        rate, pre = self.config.dropout, self.config.norm_placement == "pre"
-        keys = (None, None) if key is None else tuple(jax.random.split(key))
-        with jax.named_scope("attention"):
-            update, cache = self.attention(self.attention_norm(x) if pre else x, shared, cache, layer)
-            x = constrain(x + dropout(update, rate, keys[0]), "batch", "length", "hidden")
-            x = x if pre else self.attention_norm(x)
-        with jax.named_scope("feedforward"):
-            update = self.feedforward(self.feedforward_norm(x) if pre else x)
-            x = constrain(x + dropout(update, rate, keys[1]), "batch", "length", "hidden")
-            x = x if pre else self.feedforward_norm(x)
-        return x, cache
-
-
 class Transformer(nnx.Module):
-    """Embedding, positions, a stack of blocks, and the output head. The parameters of all layers are stacked."""
+    """A decoder, an encoder, or an encoder and a decoder that reads it. The parameters of all layers are stacked."""
 
     def __init__(self, config: ModelConfig):
         assert config.scan_layers is not None, "`for_platform` decides between loop and unrolling"
@@ -102,86 +60,158 @@ class Transformer(nnx.Module):
         learned = (config.num_positions or 0, config.width)
         is_learned = config.positions == "learned"
         self.positions = parameter(learned, ("positions", "embed"), init, "embedding") if is_learned else None
-        self.layers = stack(Block(config), config.num_layers)
-        self.final_norm = Norm(config) if config.norm_placement == "pre" else None
-        self.head = None if config.tied_embeddings else parameter(rows, ("vocab", "embed"), init, "matrix", padding)
+        depth = config.encoder_depth if config.has_decoder else config.num_layers
+        self.encoder = Stack(config, config.encoder_kinds, depth, causal=False) if config.has_encoder else None
+        decoder = (config, config.kinds, config.num_layers, True, config.has_encoder)
+        self.decoder = Stack(*decoder) if config.has_decoder else None
+        has_head = not (config.tied_embeddings or config.num_labels)
+        self.head = parameter(rows, ("vocab", "embed"), init, "head", padding) if has_head else None
+        labels = ((config.width, config.num_labels), ("embed", "labels"), config.initial_scale, "head", True)
+        self.classifier = Linear(config, *labels) if config.num_labels else None
+        self.future = FutureTokens(config) if config.num_future_tokens else None
 
     def __call__(
         self, batch: Mapping[str, Array], key: PRNGKeyArray | None = None, cache: Cache | None = None
     ) -> Outputs:
-        """Runs the network on `inputs`, `positions` and `segment_ids`, each [B, T].
+        """Runs the network on `inputs`, `positions` and `segment_ids`, each [B, T], and `prefix` if there is one.
 
-        `key` turns dropout on. With a `cache`, the batch continues the sequences in it.
+        An encoder-decoder reads `encoder_inputs`, `encoder_positions` and `encoder_segment_ids`, [B, S], as well; with
+        a cache that has read them, it does not need them again. `key` turns dropout on. With a `cache`, the batch
+        continues the sequences in it.
         """
-        config = self.config
-        positions, segments = batch["positions"], batch["segment_ids"]
-        key_positions, key_segments, index = positions, segments, None
+        auxiliary: list[Auxiliary] = []
+        memory = None
+        if self.encoder is not None and self.decoder is not None:
+            memory = self._read(batch, cache, fold_in(key, -2), auxiliary)
+        tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get("prefix"))
+        columns, index = tokens, None
         if cache is not None:
-            index = cache["index"]
-            key_positions = jax.lax.dynamic_update_slice(cache["positions"], positions, (0, index))
-            key_segments = jax.lax.dynamic_update_slice(cache["segment_ids"], segments, (0, index))
-            used = {"positions": key_positions, "segment_ids": key_segments, "index": index + positions.shape[1]}
-            cache = cache | used
-        rotary = None
-        if config.positions == "rotary":
-            rotary = jax.tree.map(materialize, rotary_angles(positions, config.head_dim, config.rotary_base))
-        shared = Shared(attention_mask(positions, key_positions, segments, key_segments), rotary, index)
+            cache = self._enter(cache, tokens, memory)
+            index = cache["index"] - tokens.positions.shape[1]
+            columns = Tokens(cache["positions"], cache["segment_ids"], cache.get("prefix"))
+        stack = self.encoder if self.decoder is None else self.decoder
+        assert stack is not None
+        context = Context(tokens, columns, index, self._angles(tokens.positions), None, memory, stack.causal)
+        x = self._embed(batch["inputs"], tokens.positions, fold_in(key, -1))
+        x, layers, found = stack(x, context, None if cache is None else cache["layers"], key)
+        cache = None if cache is None else cache | {"layers": layers}
+        terms = [found, *auxiliary]
+
+        def future(following: Array) -> list[Array]:
+            assert self.future is not None
+            embed = lambda shifted: self._embed(shifted, tokens.positions, None)  # noqa: E731
+            return self.future(x, following, embed, dataclasses.replace(context, memory=None))
+
+        return Outputs(
+            x,
+            self.logits,
+            {name: term for part in terms for name, term in part.get("losses", {}).items()},
+            {name: term for part in terms for name, term in part.get("statistics", {}).items()},
+            future if self.future is not None else None,
+            cache,
+        )
+
+    def _read(
+        self, batch: Mapping[str, Array], cache: Cache | None, key: PRNGKeyArray | None, auxiliary: list[Auxiliary]
+    ) -> Memory:
+        """Returns what the decoder reads; adds the encoder's terms, under names of their own, to `auxiliary`."""
+        if "encoder_inputs" not in batch:
+            assert cache is not None, "without a cache, a decoder needs encoder_inputs"
+            return Memory(None, Tokens(cache["memory"]["positions"], cache["memory"]["segment_ids"]))
+        assert self.encoder is not None
+        tokens = Tokens(batch["encoder_positions"], batch["encoder_segment_ids"])
+        with jax.named_scope("encoder"):
+            x = self._embed(batch["encoder_inputs"], tokens.positions, fold_in(key, -1))
+            context = Context(tokens, tokens, rotary=self._angles(tokens.positions), causal=False)
+            x, _, found = self.encoder(x, context, None, key)
+        auxiliary.append({group: {f"encoder_{n}": term for n, term in terms.items()} for group, terms in found.items()})
+        return Memory(x, tokens)
+
+    def _enter(self, cache: Cache, tokens: Tokens, memory: Memory | None) -> Cache:
+        """Returns the cache with the new tokens' places, and the encoder's, in it."""
+        index = cache["index"]
+
+        def written(name: str, values: Array) -> Array:
+            return jax.lax.dynamic_update_slice(cache[name], values.astype(cache[name].dtype), (0, index))
+
+        entered = {
+            "positions": written("positions", tokens.positions),
+            "segment_ids": written("segment_ids", tokens.segment_ids),
+            "index": index + tokens.positions.shape[1],
+        }
+        if tokens.prefix is not None or "prefix" in cache:
+            blank = jnp.zeros(cache["positions"].shape, bool)
+            new = jnp.zeros(tokens.positions.shape, bool) if tokens.prefix is None else tokens.prefix
+            entered["prefix"] = jax.lax.dynamic_update_slice(cache.get("prefix", blank), new, (0, index))
+        if memory is not None:
+            places = {"positions": memory.tokens.positions, "segment_ids": memory.tokens.segment_ids}
+            entered["memory"] = places
+        return cache | entered
+
+    def _angles(self, positions: Int[Array, "B T"]) -> dict[int, Angles] | None:
+        config = self.config
+        if config.positions != "rotary":
+            return None
+        mixers = {kind.mixer for kind in (*config.kinds, *config.encoder_kinds)}
+        widths = {"attention": config.head_dim, "latent_attention": config.rotary_head_width}
+        widths |= {"retention": config.state_dim}
+        angles = {width: rotary_angles(positions, config, width) for m, width in widths.items() if m in mixers}
+        return jax.tree.map(materialize, angles)
+
+    def _embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], key: PRNGKeyArray | None
+    ) -> Float[Array, "B T D"]:
+        config = self.config
         with jax.named_scope("embedding"):
-            x = self._embed(batch["inputs"], positions)
-            x = constrain(dropout(x, config.dropout, _fold(key, config.num_layers)), "batch", "length", "hidden")
-        x, cache = self._run_layers(x, shared, cache, key)
-        if self.final_norm is not None:
-            with jax.named_scope("final_norm"):
-                x = self.final_norm(x)
-        return Outputs(hidden=x, logits=self.logits, cache=cache)
-
-    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        config = self.config
-        # Gathering along a split width makes the compiler replicate the result; gather each table's width first.
-        table = constrain(self.embedding[...].astype(config.compute_dtype), "vocab", "hidden")
-        x = table[tokens]
-        if self.positions is not None:
-            x = x + constrain(self.positions[...].astype(x.dtype), "positions", "hidden")[positions]
-        elif config.positions == "sinusoidal":
-            x = x * math.sqrt(config.width) + sinusoidal_positions(positions, config.width).astype(x.dtype)
-        return x
-
-    def _run_layers(
-        self, x: Float[Array, "B T D"], shared: Shared, cache: Cache | None, key: PRNGKeyArray | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        config = self.config
-        block, stacked = self.layers, parameter_specs(self.layers)
-
-        def run(parameters: Tree, x: Any, shared: Shared, cache: Any, layer: Any, key: Any) -> Any:
-            return bind(block, parameters)(x, shared, cache, layer, _fold(key, layer))
-
-        if config.remat != "none":
-            keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = keep_dots if config.remat == "dots" else None
-            run = jax.checkpoint(run, policy=policy, prevent_cse=not config.scan_layers)
-        if config.scan_layers:
-
-            def step(carry: Any, this: Any) -> Any:
-                parameters, layer = this
-                with jax.named_scope("layer"):
-                    return run(parameters, carry[0], shared, carry[1], layer, key), None
-
-            (x, cache), _ = jax.lax.scan(step, (x, cache), (stacked, jnp.arange(config.num_layers)))
-        else:
-            for layer, parameters in enumerate(unstack(stacked, config.num_layers)):
-                with jax.named_scope(f"layer_{layer}"):
-                    x, cache = run(parameters, x, shared, cache, jnp.int32(layer), key)
-        return x, cache
+            # Gathering along a split width makes the compiler replicate the result; gather each table's width first.
+            table = constrain(self.embedding[...].astype(config.compute_dtype), "vocab", "hidden")
+            x = table[tokens]
+            scale = config.embedding_scale
+            if scale is None:
+                scale = math.sqrt(config.width) if config.positions == "sinusoidal" else 1.0
+            x = x if scale == 1 else x * scale
+            if self.positions is not None:
+                x = x + constrain(self.positions[...].astype(x.dtype), "positions", "hidden")[positions]
+            elif config.positions == "sinusoidal":
+                x = x + sinusoidal_positions(positions, config.width).astype(x.dtype)
+            return constrain(dropout(x, config.dropout, key), "batch", "length", "hidden")
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Returns float32 logits over the padded vocabulary; those of padding columns are `MASKED_LOGIT`."""
+        """Returns float32 logits over the padded vocabulary; those of padding columns are `MASKED_LOGIT`. A classifier's
+        are over its labels."""
         config = self.config
         with jax.named_scope("logits"):
+            if config.width_ratio != 1:
+                hidden = hidden / config.width_ratio
+            if self.classifier is not None:
+                return self.classifier(hidden).astype(jnp.float32)
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
             logits = jnp.einsum("...d,vd->...v", as_rows(hidden), table, preferred_element_type=jnp.float32)
             logits = materialize(logits).reshape(*hidden.shape[:-1], -1)
+            if config.logit_soft_cap:
+                logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
             padding = jnp.arange(config.vocab_rows) >= (config.vocab_size or 0)
             return logits if config.vocab_rows == config.vocab_size else jnp.where(padding, MASKED_LOGIT, logits)
+
+    def cache_specs(self, batch_size: int, length: int, source_length: int = 0) -> Cache:
+        """Returns the arrays of a cache with room for `length` tokens (S) of each of `batch_size` sequences.
+
+        `source_length` is the number of columns that an encoder-decoder reads.
+        """
+        assert self.decoder is not None, "an encoder has nothing to remember"
+
+        def places(columns: int) -> Cache:
+            spec = CacheSpec((batch_size, columns), ("batch", "length"), jnp.int32)
+            return {"positions": spec, "segment_ids": spec}
+
+        specs = places(length) | {"index": CacheSpec((), (), jnp.int32)}
+        specs["layers"] = self.decoder.cache_specs(batch_size, length, source_length)
+        return specs | ({"memory": places(source_length)} if self.encoder is not None else {})
+
+
+def empty_cache(model: Transformer, batch_size: int, length: int, source_length: int = 0) -> Cache:
+    """Returns the cache of `Transformer.cache_specs`, with nothing in it."""
+    return zeros(model.cache_specs(batch_size, length, source_length))
 
 
 def apply(
@@ -193,27 +223,3 @@ def apply(
 ) -> Outputs:
     """Returns the model's outputs with parameters `params`: a pure function."""
     return bind(model, params)(batch, key, cache)
-
-
-def _fold(key: PRNGKeyArray | None, number: Any) -> PRNGKeyArray | None:
-    return None if key is None else jax.random.fold_in(key, number)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def unstack(tree: Tree, num_layers: int) -> list[Tree]:
-    """Splits stacked parameters [L, ...] into one tree a layer.
-
-    The gradient is one concatenation; differentiating L slices would instead add up L arrays of full size.
-    """
-    return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], tree) for layer in range(num_layers)]
-
-
-def _unstack_forward(tree: Tree, num_layers: int) -> tuple[list[Tree], None]:
-    return unstack(tree, num_layers), None
-
-
-def _unstack_backward(num_layers: int, _: None, gradients: list[Tree]) -> tuple[Tree]:
-    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),)
-
-
-unstack.defvjp(_unstack_forward, _unstack_backward)

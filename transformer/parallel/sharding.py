@@ -31,6 +31,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_width": (),
+    "state": (),
+    "experts": ("expert",),
+    "joined": (),
+    "buckets": (),
+    "labels": (),
 }
 
 

@@ -22,6 +22,7 @@ from transformer.inference.generate import generate, max_new_tokens
 from transformer.models.flops import peak_flops, training_flops_per_token
 from transformer.models.parameters import num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
+from transformer.objectives import objective_of, with_examples, with_window
 from transformer.optimizers import make_optimizer
 from transformer.parallel.sharding import batch_sharding, global_array, local_rows, make_mesh, replicated
 from transformer.training.evaluation import Evaluator
@@ -43,8 +44,9 @@ def run(config: Config, workdir: Path) -> int:
         # The mesh and the data, and what of the configuration depends on them.
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
-        prepared = prepare_apart(config, show_progress=is_writer)
+        prepared = prepare_apart(with_window(config), show_progress=is_writer)
         config = resolve(config, prepared.tokenizer.vocab_size)
+        prepared = with_examples(prepared, objective_of(config), config)
 
         with locked(workdir) if is_writer else contextlib.nullcontext():
             open_run(workdir, config, prepared, is_writer)

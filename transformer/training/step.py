@@ -11,7 +11,7 @@ from jaxtyping import Array
 from transformer.config import Config
 from transformer.models.parameters import Tree
 from transformer.models.transformer import Transformer, apply
-from transformer.objectives import OBJECTIVES, Terms, normalize
+from transformer.objectives import Terms, normalize, objective_of
 from transformer.optimizers import make_schedule
 from transformer.training.state import TrainState
 
@@ -50,8 +50,8 @@ def make_train_step(
 
 def make_terms(config: Config, model: Transformer) -> Callable[..., Terms]:
     """Returns the function from (params, batch, dropout key) to the objective's terms."""
-    objective = OBJECTIVES[config.objective.name]
-    return lambda params, batch, key=None: objective(config.objective, apply(model, params, batch, key), batch)
+    terms = objective_of(config).terms
+    return lambda params, batch, key=None: terms(config.objective, apply(model, params, batch, key), batch)
 
 
 def make_gradient(
@@ -66,9 +66,9 @@ def make_gradient(
     parts = config.train.num_microbatches
 
     def part_loss(params: Tree, batch: Batch, key: Array | None, weights: Any) -> tuple[Array, Any]:
-        losses = terms_of(params, batch, key).losses
-        loss, means = normalize(losses, weights)
-        return loss, means
+        terms = terms_of(params, batch, key)
+        loss, means = normalize(terms.losses, weights)
+        return loss, (means, terms.statistics)
 
     def pin(gradients: Tree) -> Tree:
         return gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
@@ -76,22 +76,25 @@ def make_gradient(
     def gradient(params: Tree, batch: Batch, key: Array | None) -> tuple[Tree, Metrics]:
         differentiate = jax.value_and_grad(part_loss, has_aux=True)
         if parts == 1:
-            (loss, means), gradients = differentiate(params, batch, key, None)
+            (loss, (means, statistics)), gradients = differentiate(params, batch, key, None)
             gradients = pin(gradients)
         else:
             # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
+            whole = jax.eval_shape(terms_of, params, batch)
             weights = {name: weight for name, (_, weight) in terms_of(params, batch).losses.items()}
 
             def accumulate(total: Any, this: Any) -> tuple[Any, None]:
                 number, part = this
                 part_key = None if key is None else jax.random.fold_in(key, number)
-                (loss, means), gradients = differentiate(params, part, part_key, weights)
-                return jax.tree.map(jnp.add, total, (pin(gradients), loss, means)), None
+                (loss, (means, statistics)), gradients = differentiate(params, part, part_key, weights)
+                return jax.tree.map(jnp.add, total, (pin(gradients), loss, means, statistics)), None
 
             # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
             split = {n: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
-            zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), {name: jnp.zeros(()) for name in weights})
-            (gradients, loss, means), _ = jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))
-        return gradients, {"loss": loss, **means, "tokens": jnp.sum(batch["weights"] > 0)}
+            zero = (params, jnp.zeros(()), {name: jnp.zeros(()) for name in weights}, whole.statistics)
+            zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), zero)
+            (gradients, loss, means, statistics), _ = jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))
+        reported = means | (normalize(statistics)[1] if statistics else {})
+        return gradients, {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
 
     return gradient

@@ -1,0 +1,94 @@
+"""The configuration: frozen, typed dataclasses, and the only place where a default is written.
+
+A recipe is a file `configs/NAME.py` with a function `get_config() -> Config`. The command line
+overrides single keys (`transformer/arguments.py`); `validate` reports every mistake at once. This package
+imports neither JAX nor any other heavy package, so that `--help` answers quickly.
+"""
+
+from transformer.config.model import (
+    RECURRENT,
+    VOCAB_ROW_MULTIPLE,
+    LayerKind,
+    ModelConfig,
+    parse_layers,
+)
+from transformer.config.schema import (
+    BYTE_VOCAB_SIZE,
+    MESH_AXES,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ProfileConfig,
+    TrackingConfig,
+    TrainConfig,
+    get,
+    keys,
+    known_vocab_size,
+    mesh_axes,
+    nearest,
+    replace,
+    source_length,
+    type_of,
+    warmup_steps,
+    window_length,
+)
+from transformer.config.serialization import (
+    from_json,
+    from_tree,
+    to_json,
+    type_name,
+    type_problem,
+    write_atomically,
+)
+from transformer.config.validation import (
+    mentioned,
+    mesh_problems,
+    problems_of,
+    validate,
+)
+
+__all__ = [
+    "BYTE_VOCAB_SIZE",
+    "MESH_AXES",
+    "RECURRENT",
+    "VOCAB_ROW_MULTIPLE",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "LayerKind",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ProfileConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "from_json",
+    "from_tree",
+    "get",
+    "keys",
+    "known_vocab_size",
+    "mentioned",
+    "mesh_axes",
+    "mesh_problems",
+    "nearest",
+    "parse_layers",
+    "problems_of",
+    "replace",
+    "source_length",
+    "to_json",
+    "type_name",
+    "type_of",
+    "type_problem",
+    "validate",
+    "warmup_steps",
+    "window_length",
+    "write_atomically",
+]

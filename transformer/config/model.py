@@ -1,0 +1,296 @@
+"""The keys of a network, and the pattern that says which layers it has."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+VOCAB_ROW_MULTIPLE = 128
+"""Rows of the embedding table are padded in memory to a multiple of this, so that every vocabulary splits."""
+
+Mixer = Literal[
+    "attention",
+    "latent_attention",
+    "linear_attention",
+    "performer",
+    "retention",
+    "gated_linear_attention",
+    "gated_delta_net",
+    "mamba2",
+    "lstm",
+    "gru",
+    "min_gru",
+]
+"""What lets tokens exchange information: `transformer.models.mixers` has the table."""
+
+Pattern = Literal["full", "window", "dilated", "block_sparse"]
+"""Which of the keys that causality and segments allow a query of an attention layer sees."""
+
+FeedForwardKind = Literal["dense", "experts", "none"]
+
+Activation = Literal["gelu", "gelu_exact", "relu", "relu_squared", "silu", "swiglu", "geglu", "reglu"]
+
+RECURRENT: tuple[Mixer, ...] = ("lstm", "gru", "min_gru")
+"""Mixers that are recurrent networks."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One layer: how tokens mix, which keys attention sees, and what follows."""
+
+    mixer: str
+    pattern: str = "full"
+    feedforward: str = "dense"
+
+
+def parse_layers(text: str) -> tuple[LayerKind, ...]:
+    """Returns the kinds of one period of a layer pattern such as `3*gated_delta_net+attention.window/experts`.
+
+    Kinds are joined by `+` and may be repeated, `3*`; each is a mixer, then what its attention sees after a dot, then
+    the feed-forward kind after a slash. Raises ValueError for anything else; names are checked by `validation`.
+    """
+    kinds: list[LayerKind] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"(?:(\d+)\*)?(\w+)(?:\.(\w+))?(?:/(\w+))?", part.strip())
+        if match is None or match[1] == "0" or len(match[1] or "") > 4:
+            raise ValueError(f"{part.strip()!r} is not of the form 3*mixer.pattern/feedforward")
+        kind = LayerKind(match[2], match[3] or "full", match[4] or "dense")
+        kinds += [kind] * int(match[1] or 1)
+    return tuple(kinds)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A network: a Transformer, a recurrent network, or a mixture of both."""
+
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """A decoder sees the past, an encoder everything; an encoder-decoder reads one text and writes another."""
+    vocab_size: int | None = None
+    """Number of tokens the model can tell apart (V); None: as many as tokenizer and objective have."""
+    num_labels: int = 0
+    """Classes that a classifier's head tells apart; 0: the head is over the vocabulary."""
+    num_layers: int = 4
+    """Blocks in the stack (L); in the decoder's of an encoder-decoder."""
+    num_encoder_layers: int | None = None
+    """Blocks in the encoder of an encoder-decoder; None: as many as in the decoder."""
+    layers: str = "attention"
+    """Kinds of layers, repeated up to num_layers: MIXER[.PATTERN][/FEEDFORWARD], joined by + and multiplied by N*."""
+    encoder_layers: str | None = None
+    """The same for the encoder of an encoder-decoder; None: `layers`."""
+    width: int = 256
+    """Width of the residual stream (D)."""
+
+    # Attention.
+    num_heads: int = 4
+    """Query heads (N)."""
+    num_kv_heads: int | None = None
+    """Key and value heads (K), each shared by N / K query heads; None: as many as query heads."""
+    head_width: int | None = None
+    """Width of a head (H); None: width / num_heads."""
+    attention_scale: float | None = None
+    """Factor of the products of queries and keys; None: 1 / sqrt(H), or 1 / H under muP."""
+    attention_soft_cap: float = 0.0
+    """Attention's logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
+    qk_norm: bool = False
+    """Normalise queries and keys, head by head, before their product."""
+    cross_attention: Literal["dot_product", "bahdanau", "luong"] = "dot_product"
+    """How a decoder reads its encoder: heads, an additive score inside the recurrence, or a score of its output."""
+    window: int = 128
+    """Tokens that a layer of pattern `window` sees, itself included; those that one of `dilated` sees."""
+    num_sinks: int = 0
+    """First tokens of a text that a layer of pattern `window` sees from everywhere."""
+    dilation: int = 2
+    """Distance between the tokens that a layer of pattern `dilated` sees."""
+    sparse_block: int = 64
+    """Tokens in a block of pattern `block_sparse`."""
+    num_global_blocks: int = 1
+    """First blocks of a text that see, and are seen from, everywhere (`block_sparse`)."""
+    num_window_blocks: int = 3
+    """Blocks that a block sees around itself, itself included; of a causal model the half before (`block_sparse`)."""
+    num_random_blocks: int = 2
+    """Blocks that a block sees besides, drawn at random once and for all (`block_sparse`)."""
+    kv_latent_width: int = 128
+    """Width from which keys and values are made (`latent_attention`); the cache holds this alone."""
+    query_latent_width: int | None = None
+    """The same for queries (`latent_attention`); None: queries are made from the residual stream."""
+    rotary_head_width: int = 32
+    """Part of a head, besides head_width, that carries rotary positions (`latent_attention`)."""
+    attention_implementation: Literal[
+        "auto",
+        "auto_cpu",
+        "auto_gpu",
+        "auto_tpu",
+        "reference",
+        "causal_blocks",
+        "blockwise",
+        "cudnn",
+        "splash",
+        "tokamax",
+    ] = "auto"
+    """How attention is computed; `auto`: the fastest here (or on the platform named) that computes it exactly."""
+
+    # Mixers other than attention.
+    mixer_form: Literal["chunkwise", "parallel", "recurrent"] = "chunkwise"
+    """Form in which linear mixers are trained; the three give the same numbers."""
+    chunk_size: int = 64
+    """Tokens that the chunkwise form handles at a time."""
+    state_width: int | None = None
+    """Key width of a head of a linear mixer, and so the size of its state; None: head_width."""
+    convolution_width: int = 4
+    """Tokens that the short convolution of `mamba2` and `gated_delta_net` sees."""
+    num_features: int = 64
+    """Random features of a head of `performer`."""
+    recurrent_width: int | None = None
+    """Width of the state of recurrent layers; None: width."""
+
+    # Feed-forward.
+    feedforward_width: int | None = None
+    """Width of the hidden layer of the MLP (F); None: 4 * width, or 8/3 of it for gated activations, up to a 64th."""
+    activation: Activation = "gelu"
+    """Feed-forward kind: an MLP with one of these functions (GELU in its tanh form), or a gated one (…glu)."""
+    num_experts: int = 8
+    """Experts of a layer of kind `experts` (X)."""
+    experts_per_token: int = 2
+    """Experts that each token chooses."""
+    expert_width: int | None = None
+    """Width of an expert's hidden layer; None: feedforward_width."""
+    num_shared_experts: int = 0
+    """Experts that every token passes through as well."""
+    router: Literal["token_choice", "expert_choice"] = "token_choice"
+    """Whether tokens choose experts, or experts choose tokens."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes a router's logits weights."""
+    expert_capacity: float = 0.0
+    """Tokens of a row that an expert takes, as a multiple of its fair share; 0: as many as choose it (dropless)."""
+    balance_loss: float = 0.01
+    """Weight of the loss that spreads tokens over experts."""
+    router_z_loss: float = 0.0
+    """Weight of the squared log-partition function of the router."""
+    balance_bias_rate: float = 0.0
+    """Step of a bias on the router's choice that balances without a loss. 0: no bias."""
+
+    # Norms, residuals, scales.
+    norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    """Normalisation: LayerNorm, RMSNorm or none."""
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    """Normalise the input of each sublayer (pre), the sum with the residual (post), or input and output (sandwich)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance (LayerNorm) or to the mean square (RMSNorm)."""
+    parallel_blocks: bool = False
+    """Feed attention and MLP of a block the same input, and add both."""
+    residuals: bool = True
+    """Add each sublayer's output to its input; False only to show what happens without."""
+    residual_scale: float = 1.0
+    """Factor of each sublayer's output."""
+    embedding_scale: float | None = None
+    """Factor of the embeddings; None: sqrt(width) with sinusoidal positions, otherwise 1."""
+    biases: bool = False
+    """Biases in linear layers and in LayerNorm."""
+    logit_soft_cap: float = 0.0
+    """The logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
+    tied_embeddings: bool = True
+    """Use the embedding table as the output head too."""
+    num_future_tokens: int = 0
+    """Tokens beyond the next that further heads predict (objective `multi_token`)."""
+    dropout: float = 0.0
+    """Share of activations dropped: on the embedding and on each sublayer's output."""
+    initial_scale: float = 0.02
+    """Standard deviation of initial weights."""
+    depth_scaled_init: bool = True
+    """Weights that write to the residual stream begin 1 / sqrt(2 * num_layers) as large."""
+    parametrization: Literal["standard", "mup"] = "standard"
+    """`mup`: scales, learning rates and logits follow the width, so that one learning rate serves all widths."""
+    base_width: int = 128
+    """Width at which `mup` is the same as `standard`."""
+
+    # Positions.
+    positions: Literal["rotary", "learned", "sinusoidal", "alibi", "relative", "none"] = "rotary"
+    """How the model is told the order of tokens."""
+    num_positions: int | None = None
+    """Rows of the table of learned positions; None: data.sequence_length."""
+    rotary_base: float = 10_000.0
+    """Base of the geometric series of rotary wavelengths."""
+    rotary_share: float = 1.0
+    """Share of each head that is turned."""
+    rotary_scaling: Literal["none", "linear", "dynamic_ntk", "yarn", "llama3"] = "none"
+    """How rotary positions reach beyond the length that they were trained for."""
+    rotary_factor: float = 1.0
+    """Ratio of the new length to rotary_original_length."""
+    rotary_original_length: int = 2048
+    """Length that the positions were trained for before they were scaled."""
+    num_relative_buckets: int = 32
+    """Distances that `relative` positions tell apart."""
+    max_relative_distance: int = 128
+    """Distance from which on all fall into the last bucket."""
+
+    # How it is run.
+    scan_layers: bool | None = None
+    """Compile one block and loop over it (fast to compile) or unroll all; None: unroll on CPU, loop elsewhere."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of weights inside matrix products; parameters and softmax stay in float32."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def state_dim(self) -> int:
+        return self.head_dim if self.state_width is None else self.state_width
+
+    @property
+    def recurrent_dim(self) -> int:
+        return self.width if self.recurrent_width is None else self.recurrent_width
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu", "reglu")
+
+    @property
+    def ff_width(self) -> int:
+        if self.feedforward_width is not None:
+            return self.feedforward_width
+        return 64 * math.ceil(8 * self.width / 3 / 64) if self.gated else 4 * self.width
+
+    @property
+    def expert_dim(self) -> int:
+        return self.ff_width if self.expert_width is None else self.expert_width
+
+    @property
+    def encoder_depth(self) -> int:
+        return self.num_layers if self.num_encoder_layers is None else self.num_encoder_layers
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.architecture != "decoder"
+
+    @property
+    def has_decoder(self) -> bool:
+        return self.architecture != "encoder"
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """One period of the (decoder's) layers."""
+        return parse_layers(self.layers)
+
+    @property
+    def encoder_kinds(self) -> tuple[LayerKind, ...]:
+        """One period of the encoder's layers."""
+        both = self.architecture == "encoder_decoder" and self.encoder_layers is not None
+        return parse_layers(self.encoder_layers or "") if both else self.kinds
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table in memory: the vocabulary, padded."""
+        assert self.vocab_size is not None, "the vocabulary is resolved before the model is built"
+        return VOCAB_ROW_MULTIPLE * math.ceil(self.vocab_size / VOCAB_ROW_MULTIPLE)
+
+    @property
+    def width_ratio(self) -> float:
+        """How much wider the model is than the one at which muP changes nothing; 1 without muP."""
+        return self.width / self.base_width if self.parametrization == "mup" else 1.0

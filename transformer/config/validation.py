@@ -1,0 +1,172 @@
+"""What can be wrong with a configuration: each check appends a sentence that names the key, its value and what is allowed."""
+
+import math
+import re
+from collections.abc import Iterator
+
+from transformer.config.schema import (
+    Config,
+    ConfigError,
+    DataConfig,
+    get,
+    keys,
+    known_vocab_size,
+    mesh_axes,
+    nearest,
+    warmup_steps,
+)
+
+_NOT_NEGATIVE = (
+    "data.num_workers objective.z_loss optimizer.warmup_steps optimizer.warmup_tokens optimizer.weight_decay "
+    "optimizer.clip_norm evaluation.every_steps evaluation.num_batches evaluation.sample_tokens "
+    "checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_steps "
+    "parallel.cpu_devices parallel.num_processes profile.start_step profile.num_steps seed "
+    "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_shared_experts "
+    "model.expert_capacity model.balance_loss model.router_z_loss model.balance_bias_rate model.num_future_tokens "
+    "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps objective.future_weight "
+    "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate"
+).split()
+_SHARES = (
+    "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
+    "optimizer.beta1 optimizer.beta2 optimizer.momentum optimizer.ema_decay optimizer.muon_momentum "
+    "objective.label_smoothing objective.mask_rate objective.middle_rate objective.suffix_first_rate model.rotary_share"
+).split()
+_MAY_BE_ONE = ("optimizer.final_ratio", "objective.middle_rate", "objective.suffix_first_rate", "model.rotary_share")
+_LEAST_OR_MINUS_ONE = {"parallel.replica": 1, "parallel.fsdp": 1, "parallel.tensor": 1, "parallel.process_id": 0}
+_LARGEST = {"seed": 2**32 - 1, "train.num_steps": 2**31 - 1, "train.batch_size": 2**24}
+_LARGEST |= {"data.sequence_length": 2**24, "model.width": 2**20, "model.num_layers": 2**14}
+_AXIS_KEYS = ("replica", "fsdp", "tensor")
+
+
+def problems_of(config: Config) -> list[str]:
+    """Returns every mistake in `config` that can be seen without looking at data or devices."""
+    problems = list(_range_problems(config))
+    wrong = {key for problem in problems for key in mentioned(problem)}
+    across = [*_data_problems(config.data), *_model_problems(config), *_run_problems(config)]
+    # What follows from a value that is impossible by itself is no mistake of its own.
+    return problems + [problem for problem in across if not mentioned(problem) & wrong]
+
+
+def mentioned(problem: str) -> set[str]:
+    """Returns the keys that a sentence names."""
+    return {key for key in keys() if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", problem)}
+
+
+def _range_problems(config: Config) -> Iterator[str]:
+    for key in keys():
+        value = get(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} = {value}: must be a finite number"
+        elif value is None or isinstance(value, str | bool | tuple):
+            continue
+        elif key in _NOT_NEGATIVE and value < 0:
+            yield f"{key} = {value}: must not be negative"
+        elif key in _SHARES and not (0 <= value < 1 or (key in _MAY_BE_ONE and value == 1)):
+            yield f"{key} = {value}: must be a share, at least 0 and below 1"
+        elif value != -1 and value < _LEAST_OR_MINUS_ONE.get(key, value):
+            yield f"{key} = {value}: must be at least {_LEAST_OR_MINUS_ONE[key]}, or -1"
+        elif value <= 0 and key not in (*_NOT_NEGATIVE, *_SHARES, *_LEAST_OR_MINUS_ONE):
+            yield f"{key} = {value}: must be greater than 0"
+        elif value > _LARGEST.get(key, value):
+            yield f"{key} = {value}: must be at most {_LARGEST[key]}"
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    sources = ("python_stdlib", "local_text:PATH", "tfds:NAME", "hf:NAME")
+    kinds = [source.partition(":")[0] for source in sources]
+    if not (data.path or data.source):
+        yield "data.source is empty: name at least one source, or give data.path"
+    for source in () if data.path else data.source:
+        kind, _, name = source.partition(":")
+        if not (name if kind in kinds[1:] else source == "python_stdlib"):
+            yield f"data.source = {source!r}: must be one of {', '.join(sources)}{nearest(kind, kinds)}"
+    expected = 1 if data.path else len(data.source)
+    if data.weights and len(data.weights) != expected:
+        yield f"data.weights has {len(data.weights)} numbers for {expected} sources"
+    if not all(0 < weight < math.inf for weight in data.weights):
+        yield f"data.weights = {data.weights}: each must be a finite number greater than 0"
+    if data.tokenizer == "huggingface" and not data.tokenizer_path:
+        yield "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json"
+    if data.tokenizer in ("bytes", "characters") and data.tokenizer_path:
+        yield f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file"
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    model, heads = config.model, f"model.num_heads = {config.model.num_heads}"
+    if model.num_heads > 0:
+        if model.head_width is None and model.width % model.num_heads:
+            yield f"model.width = {model.width} is not divisible by {heads}: change one, or set model.head_width"
+        elif model.positions == "rotary" and model.head_dim % 2:
+            odd = f"{model.head_dim} (model.head_width, or model.width / model.num_heads)"
+            yield f"model.positions = 'rotary' needs an even head width, not {odd}"
+        if model.kv_heads > 0 and model.num_heads % model.kv_heads:
+            yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
+    if model.positions == "sinusoidal" and model.width % 2:
+        yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
+    tokens = known_vocab_size(config.data)
+    if model.vocab_size is not None and tokens is not None and model.vocab_size < tokens:
+        advice = "give at least that, or leave it out"
+        yield f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokens} tokens: {advice}"
+    length, rows = config.data.sequence_length, model.num_positions
+    if model.positions == "learned" and rows is not None and rows < length:
+        yield f"data.sequence_length = {length} is longer than model.num_positions = {rows}"
+
+
+def _run_problems(config: Config) -> Iterator[str]:
+    train, optimizer, parallel = config.train, config.optimizer, config.parallel
+    total, warmup = f"train.num_steps = {train.num_steps}", warmup_steps(config)
+    if optimizer.warmup_steps and optimizer.warmup_tokens:
+        yield "optimizer.warmup_steps and optimizer.warmup_tokens are both set: give one"
+    decay = round(optimizer.decay_share * train.num_steps) if 0 <= optimizer.decay_share < 1 else 0
+    if 0 < train.num_steps < warmup:
+        yield f"the warm-up of {warmup} steps (optimizer.warmup_steps, optimizer.warmup_tokens) is longer than {total}"
+    elif optimizer.schedule == "wsd" and warmup + decay > train.num_steps:
+        parts = f"the warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
+        yield f"optimizer.schedule = 'wsd': {parts}"
+    if train.num_microbatches > 0 and train.batch_size % train.num_microbatches:
+        parts = f"train.num_microbatches = {train.num_microbatches}"
+        yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"
+    elif min(parallel.replica, parallel.fsdp, train.num_microbatches) > 0:
+        yield from _batch_problems(config, parallel.replica * parallel.fsdp)
+    free = [f"parallel.{name}" for name in _AXIS_KEYS if getattr(parallel, name) == -1]
+    if len(free) > 1:
+        yield f"{' = '.join(free)} = -1: only one axis can be what the others leave"
+    if parallel.coordinator and not re.fullmatch(r".+:\d+", parallel.coordinator):
+        yield f"parallel.coordinator = {parallel.coordinator!r}: must be HOST:PORT"
+    prompt = config.evaluation.sample_prompt
+    if prompt != prompt.encode(errors="replace").decode():
+        yield f"evaluation.sample_prompt = {prompt!r}: is not UTF-8"
+    distributed = (bool(parallel.coordinator), parallel.num_processes > 0, parallel.process_id >= 0)
+    if any(distributed) and not all(distributed):
+        yield "parallel.coordinator, parallel.num_processes and parallel.process_id must be given together"
+    elif all(distributed) and parallel.process_id >= parallel.num_processes:
+        count = f"parallel.num_processes = {parallel.num_processes}"
+        yield f"parallel.process_id = {parallel.process_id}: must be below {count}"
+
+
+def mesh_problems(config: Config, num_devices: int) -> list[str]:
+    """Returns what is wrong between the mesh, the batch and the number of devices."""
+    axes = {name: getattr(config.parallel, name) for name in _AXIS_KEYS}
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    wanted = " x ".join(f"parallel.{name} = {size}" for name, size in axes.items())
+    free = -1 in axes.values()
+    if num_devices % fixed if free else num_devices != fixed:
+        devices = f"{num_devices} device{'s' * (num_devices != 1)}"
+        return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
+    sizes = mesh_axes(config, num_devices)
+    return _batch_problems(config, sizes["replica"] * sizes["fsdp"])
+
+
+def _batch_problems(config: Config, shards: int) -> list[str]:
+    batches = {"train.batch_size / train.num_microbatches": config.train.batch_size // config.train.num_microbatches}
+    if config.evaluation.batch_size is not None:
+        batches["evaluation.batch_size"] = config.evaluation.batch_size
+    devices = f"the {shards} data-parallel devices (parallel.replica x parallel.fsdp)"
+    return [f"{key} = {size} is not divisible by {devices}" for key, size in batches.items() if size % shards]
+
+
+def validate(config: Config, num_devices: int | None = None) -> Config:
+    """Returns `config`, or raises one `ConfigError` that lists everything wrong with it."""
+    if problems := problems_of(config) or (mesh_problems(config, num_devices) if num_devices is not None else []):
+        raise ConfigError(problems)
+    return config

@@ -1,0 +1,243 @@
+"""Blocks and stacks of them: mixing and MLP in alternation, each added to the residual stream."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from transformer.config import LayerKind, ModelConfig
+from transformer.models.cache import Cache, map_cache
+from transformer.models.feedforward import Auxiliary, make_feedforward
+from transformer.models.layers import Norm, dropout
+from transformer.models.mixers import Context, make_mixer
+from transformer.models.parameters import Tree, bind, normal, parameter, parameter_specs, stack
+from transformer.models.positions import Alibi, Bias, RelativeBuckets, alibi_slopes
+from transformer.parallel.sharding import constrain
+
+CROSS_ATTENTION = {
+    "dot_product": ("transformer.models.attention", "CrossAttention"),
+    "luong": ("transformer.models.luong", "LuongAttention"),
+}
+"""How a decoder's block reads the encoder's output; `bahdanau` is part of a recurrent mixer instead."""
+
+
+def make_cross_attention(config: ModelConfig, num_layers: int) -> Any:
+    """Returns the part of a decoder's block that reads the encoder, None if its mixer does that itself."""
+    if config.cross_attention not in CROSS_ATTENTION:
+        return None
+    module, name = CROSS_ATTENTION[config.cross_attention]
+    return getattr(importlib.import_module(module), name)(config, num_layers)
+
+
+class Block(nnx.Module):
+    """One layer: it mixes tokens, reads the encoder if there is one, and ends with the MLP."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int, reads_encoder: bool):
+        self.config = config
+        self.mixer_norm, self.mixer = Norm(config), make_mixer(config, kind, num_layers)
+        self.cross = make_cross_attention(config, num_layers) if reads_encoder else None
+        self.cross_norm = None if self.cross is None else Norm(config)
+        self.feedforward = make_feedforward(config, kind, num_layers)
+        has_norm = self.feedforward is not None and not config.parallel_blocks
+        self.feedforward_norm = Norm(config) if has_norm else None
+        is_sandwich = config.norm_placement == "sandwich"
+        self.mixer_output_norm = Norm(config) if is_sandwich else None
+        self.cross_output_norm = Norm(config) if is_sandwich and self.cross is not None else None
+        self.feedforward_output_norm = Norm(config) if is_sandwich and has_norm else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        cache: Cache | None,
+        layer: Int[Array, ""] | int,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Auxiliary]:
+        keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
+        auxiliary: Auxiliary = {}
+        caches: Cache = {} if cache is None else dict(cache)
+
+        def mix(y: Array) -> Array:
+            update, new = self.mixer(y, context, caches.get("mixer"), layer)
+            caches.update({} if new is None else {"mixer": new})
+            return update
+
+        def read(y: Array) -> Array:
+            assert self.cross is not None
+            update, new = self.cross(y, context, caches.get("cross"), layer)
+            caches.update({} if new is None else {"cross": new})
+            return update
+
+        def feed(y: Array) -> Array:
+            assert self.feedforward is not None
+            update, found = self.feedforward(y, context)
+            auxiliary.update(found)
+            return update
+
+        parallel = self.config.parallel_blocks and self.feedforward is not None
+        with jax.named_scope("mixer"):
+            both = (lambda y: mix(y) + feed(y)) if parallel else mix
+            x = self._add(x, both, self.mixer_norm, self.mixer_output_norm, keys[0])
+        if self.cross is not None:
+            with jax.named_scope("cross"):
+                x = self._add(x, read, self.cross_norm, self.cross_output_norm, keys[2])
+        if self.feedforward is not None and not parallel:
+            with jax.named_scope("feedforward"):
+                x = self._add(x, feed, self.feedforward_norm, self.feedforward_output_norm, keys[1])
+        return x, None if cache is None else caches, auxiliary
+
+    def _add(
+        self,
+        x: Float[Array, "B T D"],
+        sublayer: Callable[[Array], Array],
+        norm: Norm | None,
+        output_norm: Norm | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        assert norm is not None
+        is_post = config.norm_placement == "post"
+        update = sublayer(x if is_post else norm(x))
+        update = update if output_norm is None else output_norm(update)
+        update = dropout(update, config.dropout, key)
+        if config.residual_scale != 1:
+            update = update * config.residual_scale
+        x = constrain(x + update if config.residuals else update, "batch", "length", "hidden")
+        return norm(x) if is_post else x
+
+    def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
+        """Returns what the block remembers, by part."""
+        own = {"mixer": self.mixer.cache_specs(batch_size, length)}
+        return own | ({} if self.cross is None else {"cross": self.cross.cache_specs(batch_size, source_length)})
+
+
+class Period(nnx.Module):
+    """Blocks of several kinds, one after another, that a stack repeats as if they were one."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(
+        self, x: Array, context: Context, cache: Cache | None, layer: Any, key: PRNGKeyArray | None
+    ) -> tuple[Array, Cache | None, Auxiliary]:
+        total: Auxiliary = {}
+        caches: Cache = {}
+        for number, block in enumerate(self.blocks):
+            name, block_key = str(number), None if key is None else jax.random.fold_in(key, number)
+            x, new, found = block(x, context, None if cache is None else cache[name], layer, block_key)
+            caches[name] = new
+            total = add_auxiliary(total, found)
+        return x, None if cache is None else caches, total
+
+    def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
+        blocks = enumerate(self.blocks)
+        return {str(number): block.cache_specs(batch_size, length, source_length) for number, block in blocks}
+
+
+def add_auxiliary(total: Auxiliary, more: Auxiliary) -> Auxiliary:
+    """Returns the terms of both, sums and weights of the same name added."""
+    joined = {group: dict(terms) for group, terms in total.items()}
+    for group, terms in more.items():
+        own = joined.setdefault(group, {})
+        for name, term in terms.items():
+            own[name] = jax.tree.map(jnp.add, own[name], term) if name in own else term
+    return joined
+
+
+class Stack(nnx.Module):
+    """A number of blocks whose parameters are stacked, kind by kind, and the norm at their end."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kinds: Sequence[LayerKind],
+        num_layers: int,
+        causal: bool,
+        reads_encoder: bool = False,
+    ):
+        self.config, self.causal, self.num_periods = config, causal, num_layers // len(kinds)
+        assert self.num_periods * len(kinds) == num_layers, "validated"
+        blocks = [Block(config, kind, num_layers, reads_encoder) for kind in kinds]
+        self.layers = stack(blocks[0] if len(blocks) == 1 else Period(blocks), self.num_periods)
+        self.final_norm = None if config.norm_placement == "post" else Norm(config)
+        table = ((config.num_relative_buckets, config.num_heads), ("buckets", "heads"))
+        is_relative = config.positions == "relative"
+        self.relative_bias = parameter(*table, normal(config.initial_scale), "bias") if is_relative else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Auxiliary]:
+        config = self.config
+        context = dataclasses.replace(context, bias=self._bias())
+        module, stacked = self.layers, parameter_specs(self.layers)
+
+        def run(parameters: Tree, x: Any, context: Context, cache: Any, layer: Any, key: Any) -> Any:
+            return bind(module, parameters)(x, context, cache, layer, fold_in(key, layer))
+
+        if config.remat != "none":
+            keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = keep_dots if config.remat == "dots" else None
+            run = jax.checkpoint(run, policy=policy, prevent_cse=not config.scan_layers)
+        if config.scan_layers:
+
+            def step(carry: Any, this: Any) -> Any:
+                parameters, layer = this
+                with jax.named_scope("layer"):
+                    *carry, auxiliary = run(parameters, carry[0], context, carry[1], layer, key)
+                    return tuple(carry), auxiliary
+
+            (x, cache), found = jax.lax.scan(step, (x, cache), (stacked, jnp.arange(self.num_periods)))
+            auxiliary: Auxiliary = jax.tree.map(lambda values: jnp.sum(values, axis=0), found)
+        else:
+            auxiliary = {}
+            for layer, parameters in enumerate(unstack(stacked, self.num_periods)):
+                with jax.named_scope(f"layer_{layer}"):
+                    x, cache, found = run(parameters, x, context, cache, jnp.int32(layer), key)
+                    auxiliary = add_auxiliary(auxiliary, found)
+        if self.final_norm is not None:
+            with jax.named_scope("final_norm"):
+                x = self.final_norm(x)
+        return x, cache, auxiliary
+
+    def _bias(self) -> Bias | None:
+        if self.relative_bias is not None:
+            return RelativeBuckets(self.relative_bias[...], self.causal, self.config.max_relative_distance)
+        if self.config.positions == "alibi":
+            return Alibi(jnp.asarray(alibi_slopes(self.config.num_heads)))
+        return None
+
+    def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
+        """Returns what all layers remember, with a leading dimension for those of one kind."""
+        specs = self.layers.cache_specs(batch_size, length, source_length)
+        return map_cache(lambda spec: spec.stacked(self.num_periods), specs)
+
+
+def fold_in(key: PRNGKeyArray | None, number: Any) -> PRNGKeyArray | None:
+    """Returns the key of one part of what `key` is for, None without a key."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unstack(tree: Tree, num_layers: int) -> list[Tree]:
+    """Splits stacked parameters [L, ...] into one tree a layer.
+
+    The gradient is one concatenation; differentiating L slices would instead add up L arrays of full size.
+    """
+    return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], tree) for layer in range(num_layers)]
+
+
+def _unstack_forward(tree: Tree, num_layers: int) -> tuple[list[Tree], None]:
+    return unstack(tree, num_layers), None
+
+
+def _unstack_backward(num_layers: int, _: None, gradients: list[Tree]) -> tuple[Tree]:
+    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),)
+
+
+unstack.defvjp(_unstack_forward, _unstack_backward)

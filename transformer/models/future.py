@@ -1,0 +1,52 @@
+"""Heads that predict tokens beyond the next, in sequence (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from transformer.config import ModelConfig
+from transformer.models.blocks import Block
+from transformer.models.layers import Linear, Norm
+from transformer.models.mixers import Context
+
+
+class FutureToken(nnx.Module):
+    """One further token: the hidden state and the token after it, joined, through a block of its own."""
+
+    def __init__(self, config: ModelConfig):
+        self.hidden_norm, self.token_norm = Norm(config), Norm(config)
+        self.join = Linear(config, (2 * config.width, config.width), ("joined", "embed"))
+        self.block = Block(config, config.kinds[-1], config.num_layers, False)
+        self.final_norm = Norm(config)
+
+
+class FutureTokens(nnx.Module):
+    """As many further tokens as `num_future_tokens`; embedding and head are the model's."""
+
+    def __init__(self, config: ModelConfig):
+        self.heads = nnx.List([FutureToken(config) for _ in range(config.num_future_tokens)])
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        following: Int[Array, "B T"],
+        embed: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]],
+        context: Context,
+    ) -> list[Float[Array, "B T D"]]:
+        """Returns for each further token the states from which the model's head predicts it.
+
+        `following` is the token after each position; the k-th states predict the one k places after that. At the last k
+        positions of a row nothing is known to predict from, and what is returned there means nothing.
+        """
+        states = []
+        for number, head in enumerate(self.heads):
+            with jax.named_scope(f"future_{number}"):
+                shifted = jnp.roll(following, -number, axis=1)
+                pair = [head.hidden_norm(hidden), head.token_norm(embed(shifted))]
+                joined = head.join(jnp.concatenate(pair, axis=-1))
+                hidden, _, _ = head.block(joined, context, None, 0, None)
+                states.append(head.final_norm(hidden))
+        return states

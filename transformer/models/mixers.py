@@ -1,0 +1,86 @@
+"""What lets tokens exchange information: the table of mixers, and what each is given and gives back."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from transformer.config import LayerKind, ModelConfig
+from transformer.models.cache import Cache, CacheSpec
+from transformer.models.masks import FULL, Mask, Sparsity, Tokens
+from transformer.models.positions import Angles, Bias
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder reads: the encoder's output, or None when its keys and values are in the cache; a pytree."""
+
+    hidden: Float[Array, "B S D"] | None
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass needs besides its input; a pytree."""
+
+    tokens: Tokens
+    """Those of the input."""
+    columns: Tokens
+    """Those that a layer's keys stand for: the same, or all that a cache has room for."""
+    index: Int[Array, ""] | None = None
+    """Column of the cache where the new tokens go; None: there is no cache."""
+    rotary: dict[int, Angles] | None = None
+    """Angles by the width of the head that they turn."""
+    bias: Bias | None = None
+    memory: Memory | None = None
+    causal: bool = True
+
+    def mask(self, sparsity: Sparsity = FULL) -> Mask:
+        """Returns who may see whom of the tokens of one stack."""
+        return Mask(self.tokens, self.columns, self.causal, self.index is None, sparsity)
+
+
+jax.tree_util.register_dataclass(Memory, ["hidden", "tokens"], [])
+jax.tree_util.register_dataclass(Context, ["tokens", "columns", "index", "rotary", "bias", "memory"], ["causal"])
+
+
+class MixerModule(Protocol):
+    """Module of one layer: `Mixer(config, kind, num_layers)`, `num_layers` being the depth of its stack."""
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Returns what is added to the residual stream, and the cache with the new tokens in it.
+
+        `cache` has the arrays of `cache_specs` with a leading dimension for layers, of which this is number `layer`.
+        Tokens of segment 0 change nothing, and no token sees another segment.
+        """
+        ...
+
+    def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
+        """Returns what the layer remembers of up to `length` tokens of each of `batch_size` sequences."""
+        ...
+
+
+MIXERS: dict[str, tuple[str, str]] = {
+    "attention": ("transformer.models.attention", "SelfAttention"),
+    "latent_attention": ("transformer.models.latent_attention", "LatentAttention"),
+    "linear_attention": ("transformer.models.linear_attention", "LinearAttention"),
+    "performer": ("transformer.models.performer", "Performer"),
+    "retention": ("transformer.models.retention", "Retention"),
+    "gated_linear_attention": ("transformer.models.gated_linear_attention", "GatedLinearAttention"),
+    "gated_delta_net": ("transformer.models.gated_delta_net", "GatedDeltaNet"),
+    "mamba2": ("transformer.models.mamba2", "Mamba2"),
+    "lstm": ("transformer.models.recurrent", "Recurrent"),
+    "gru": ("transformer.models.recurrent", "Recurrent"),
+    "min_gru": ("transformer.models.recurrent", "Recurrent"),
+}
+"""Module and class by name, loaded when a model asks for them."""
+
+
+def make_mixer(config: ModelConfig, kind: LayerKind, num_layers: int) -> Any:
+    """Returns the mixer of a layer."""
+    module, name = MIXERS[kind.mixer]
+    return getattr(importlib.import_module(module), name)(config, kind, num_layers)

@@ -1,0 +1,46 @@
+"""The loss of most objectives: cross-entropy of targets, token by token."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from transformer.config import ObjectiveConfig
+from transformer.models.transformer import Outputs
+from transformer.objectives.terms import Terms
+
+
+def token_terms(config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
+    """Returns the cross-entropy of `targets` in nats, weighted by `weights`, and the z-loss where it is on.
+
+    The z-loss, log^2 of the softmax's normaliser, is that of Chowdhery et al. (2022), arXiv:2204.02311, section 5. Label
+    smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7) is a term of its own: what the even part of the target
+    distribution adds to the cross-entropy, which stays that of the targets alone.
+    """
+    weights = batch["weights"]
+    logits = outputs.logits(outputs.hidden)
+    cross_entropy, normalizer = softmax_cross_entropy(logits, batch["targets"])
+    total = jnp.sum(weights)
+    losses = {"cross_entropy": (jnp.sum(cross_entropy * weights), total)}
+    if config.z_loss:
+        losses["z_loss"] = (config.z_loss * jnp.sum(jnp.square(normalizer) * weights), total)
+    if config.label_smoothing:
+        # Columns beyond the vocabulary have no share of the even part.
+        is_token = logits[..., :] > -1e29
+        even = normalizer - jnp.sum(jnp.where(is_token, logits, 0), axis=-1) / jnp.sum(is_token, axis=-1)
+        excess = config.label_smoothing * (even - cross_entropy)
+        losses["label_smoothing"] = (jnp.sum(excess * weights), total)
+    correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
+    measures = {"accuracy": (jnp.sum(correct * weights), total)}
+    return Terms(losses | outputs.auxiliary, measures, outputs.statistics)
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Returns -log softmax(logits)[target] and the log of the softmax's normaliser."""
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison instead of a gather: its gradient is a fused elementwise product and not a scatter.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return normalizer - jnp.sum(jnp.where(is_target, logits, 0), axis=-1), normalizer
