@@ -119,8 +119,8 @@ def evaluate(options: EvaluateOptions) -> int:
         model, params, step = run.load_parameters(mesh, options.step, options.best)
         result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}
     if options.baseline:
+        from transformer.data.division import split_texts
         from transformer.data.ngram import trigram_bits_per_byte
-        from transformer.data.prepare import split_texts
 
         texts = [(text.encode() for text in split_texts(config, name)) for name in ("train", "validation")]
         result["trigram_bits_per_byte"] = trigram_bits_per_byte(*texts)

@@ -9,11 +9,12 @@ import pytest
 
 from transformer.config import ConfigError
 from transformer.data import files
-from transformer.data.files import TextFile, find_files, fingerprint_files, read_documents
+from transformer.data.files import TextFile, find_files, fingerprint_files
+from transformer.data.forms import Form, read_documents
 
 
 def read(path: Path, field: str = "text", errors: str = "strict") -> list[str]:
-    return list(read_documents(TextFile(path.name, path), field, errors))
+    return list(read_documents(TextFile(path.name, path), Form("text", (("data.text_field", field),), errors)))
 
 
 def write(path: Path, data: bytes) -> None:

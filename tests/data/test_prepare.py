@@ -15,7 +15,8 @@ import pytest
 
 from transformer.config import Config, ConfigError, replace
 from transformer.data import prepare as preparing
-from transformer.data.prepare import prepare, split_texts
+from transformer.data.division import split_texts
+from transformer.data.prepare import prepare
 from transformer.data.prepared import prepare_apart
 from transformer.data.shards import Split
 from transformer.data.tokenizers import BOS, EOS, NUM_SPECIAL, CharacterTokenizer, SentencePieceTokenizer

@@ -12,7 +12,8 @@ import pytest
 from transformer import cli
 from transformer.checkpointing.run import load_run
 from transformer.config import Config, replace
-from transformer.data.prepare import prepare, split_texts
+from transformer.data.division import split_texts
+from transformer.data.prepare import prepare
 from transformer.data.tokenizers import BOS, EOS
 from transformer.models.transformer import apply
 from transformer.parallel.sharding import make_mesh

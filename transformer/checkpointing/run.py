@@ -143,7 +143,9 @@ def _absolute(data: DataConfig) -> dict[str, Any]:
 
     source = tuple(name if name.startswith(("python_stdlib", "tfds:")) else absolute(name) for name in data.source)
     tokenizer = str(Path(data.tokenizer_path).expanduser().absolute()) if data.tokenizer_path else ""
-    return {"path": tuple(map(absolute, data.path)), "source": source, "tokenizer_path": tokenizer}
+    paths = ("path", "source_path", "target_path", "validation_source_path", "validation_target_path")
+    files = {name: tuple(map(absolute, getattr(data, name))) for name in paths}
+    return files | {"source": source, "tokenizer_path": tokenizer}
 
 
 @contextlib.contextmanager

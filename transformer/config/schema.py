@@ -22,6 +22,15 @@ BYTE_VOCAB_SIZE = 4 + 256
 MESH_AXES = ("replica", "fsdp", "expert", "context", "tensor", "stage")
 """The axes of the one device mesh, outermost (slowest links) first."""
 
+DataKind = Literal["text", "pairs", "labelled"]
+
+OBJECTIVE_DATA: dict[str, DataKind] = {
+    "seq2seq": "pairs",
+    "sequence_classification": "labelled",
+    "token_classification": "labelled",
+}
+"""What objectives need that do not learn from running text: their `DATA`, known here without loading them."""
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: one line a problem, every problem of a configuration at once."""
@@ -325,6 +334,11 @@ def mesh_axes(config: Config, num_devices: int) -> dict[str, int]:
     sizes = {axis: getattr(config.parallel, axis, 1) for axis in MESH_AXES}
     left = num_devices // math.prod(size for size in sizes.values() if size != -1)
     return {axis: left if size == -1 else size for axis, size in sizes.items()}
+
+
+def data_kind(config: Config) -> DataKind:
+    """Returns what the objective makes its examples from: windows of text, pairs of texts, or texts with labels."""
+    return OBJECTIVE_DATA.get(config.objective.name, "text")
 
 
 def source_length(config: Config) -> int:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from transformer.config import ConfigError, nearest
-from transformer.data import files
+from transformer.data import files, forms
+from transformer.data.forms import Form
 
 TEXT_PACKAGES = ("text", "translate", "question_answering", "summarization", "text_simplification")
 """Parts of TFDS some of whose datasets are found only once their module is imported (c4, wikipedia, ...)."""
@@ -25,8 +26,8 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     url_infos: ClassVar = {}  # nothing is downloaded; TFDS would look for checksums beside this file
 
-    def __init__(self, sources: Sequence[files.TextFile], text_field: str, errors: str, data_dir: Path):
-        self.sources, self.text_field, self.errors = sources, text_field, errors
+    def __init__(self, sources: Sequence[files.TextFile], form: Form, data_dir: Path):
+        self.sources, self.form = sources, form
         super().__init__(file_format="array_record", data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -37,11 +38,14 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _documents(self, file: files.TextFile) -> Iterator[str]:
-        return files.read_documents(file, self.text_field, self.errors)
+        return forms.read_documents(file, self.form)
+
+    def _all_documents(self) -> Iterator[str]:
+        return (text for file in self.sources for text in self._documents(file))
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         number = -1
-        for number, text in enumerate(text for file in self.sources for text in self._documents(file)):
+        for number, text in enumerate(self._all_documents()):
             yield number, {"text": text}
         if number < 0:
             raise ConfigError(f"the corpus is empty: no document in {', '.join(str(f.path) for f in self.sources[:5])}")
@@ -55,6 +59,21 @@ class PythonStdlib(LocalText):
     def _documents(self, file: files.TextFile) -> Iterator[str]:
         with contextlib.suppress(ConfigError):
             yield from super()._documents(file)
+
+
+class LocalPairs(LocalText):
+    """The lines of two lists of local files, in order: those to read, and those to write."""
+
+    name = "local_pairs"
+
+    def __init__(
+        self, sources: Sequence[files.TextFile], targets: Sequence[files.TextFile], form: Form, data_dir: Path
+    ):
+        self.targets = targets
+        super().__init__(sources, form, data_dir)
+
+    def _all_documents(self) -> Iterator[str]:
+        return forms.read_pairs(self.sources, self.targets, self.form.errors)
 
 
 def build(builder: tfds.core.DatasetBuilder) -> Any:

@@ -96,16 +96,32 @@ def _hash(path: Path, cache_dir: Path) -> str:
     return digest
 
 
-def read_documents(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
-    """Yields a file's documents: lines of .jsonl, rows of .parquet, otherwise the whole file.
+def read_records(file: TextFile, fields: Sequence[str], errors: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields a file's records, each with its place: lines of .jsonl, rows of .parquet, otherwise the whole file.
 
-    Raises ConfigError for what is not UTF-8 (with the byte offset, after decompression), broken files, missing fields.
+    A whole file is the first of `fields`. Raises ConfigError for broken files and for what is not UTF-8, with the byte
+    offset, after decompression.
     """
+    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines}
+    with _told_if_broken(file):
+        yield from readers.get(file.kind, _read_whole)(file, fields, errors)
+
+
+def read_lines(file: TextFile, errors: str) -> Iterator[str]:
+    """Yields a file's lines without their ends. Raises ConfigError as `read_records` does."""
+    offset = 0
+    with _told_if_broken(file), file.open() as stream:
+        for line in stream:
+            yield decode(line, errors, str(file.path), offset).removesuffix("\n").removesuffix("\r")
+            offset += len(line)
+
+
+@contextlib.contextmanager
+def _told_if_broken(file: TextFile) -> Iterator[None]:
     import pyarrow
 
-    readers = {".parquet": _read_parquet, ".jsonl": _read_json_lines}
     try:
-        yield from readers.get(file.kind, _read_whole)(file, text_field, errors)
+        yield
     except (OSError, pyarrow.ArrowInvalid) as error:
         if isinstance(error, OSError) and error.errno:  # the disk's, not the file's
             raise
@@ -122,28 +138,33 @@ def decode(data: bytes, errors: str, where: str, offset: int = 0) -> str:
         raise ConfigError(f"{where} is not UTF-8: {byte} ({hint})") from error
 
 
-def text_of(record: Mapping[str, Any], text_field: str, errors: str, where: str) -> str:
+def value_of(record: Mapping[str, Any], field: str, where: str, key: str) -> Any:
+    """Returns what stands in a record's field, which `key` names. Raises ConfigError if there is none."""
+    if field not in record:
+        raise ConfigError(f"{key} = {field!r}: {where} has the fields {', '.join(sorted(record))}")
+    return record[field]
+
+
+def text_of(record: Mapping[str, Any], field: str, errors: str, where: str, key: str) -> str:
     """Returns the text in a record's field, which may be str, bytes or None (no text). Raises ConfigError."""
-    if text_field not in record:
-        raise ConfigError(f"data.text_field = {text_field!r}: {where} has the fields {', '.join(sorted(record))}")
-    value = record[text_field]
+    value = value_of(record, field, where, key)
     if not isinstance(value, str | bytes | None):
-        raise ConfigError(f"data.text_field = {text_field!r}: {where} has {type(value).__name__} there, not text")
+        raise ConfigError(f"{key} = {field!r}: {where} has {type(value).__name__} there, not text")
     # JSON can spell half a surrogate pair, which is not Unicode.
     data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value or b""
     return decode(data, errors, where)
 
 
-def _read_whole(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
+def _read_whole(file: TextFile, fields: Sequence[str], errors: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     with file.open() as stream:
         data = stream.read(LARGEST_DOCUMENT + 1)
     if len(data) > LARGEST_DOCUMENT:
         hint = "split it, or make it a .jsonl file with a document a line"
         raise ConfigError(f"{file.path} is one document of more than {LARGEST_DOCUMENT} bytes: {hint}")
-    yield decode(data, errors, str(file.path))
+    yield {fields[0]: data}, str(file.path)
 
 
-def _read_json_lines(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
+def _read_json_lines(file: TextFile, fields: Sequence[str], errors: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     offset = 0
     with file.open() as stream:
         for number, line in enumerate(stream, start=1):
@@ -151,22 +172,23 @@ def _read_json_lines(file: TextFile, text_field: str, errors: str) -> Iterator[s
             text = decode(line, errors, str(file.path), offset)
             offset += len(line)
             try:
-                record = json.loads(text) if text.strip() else {text_field: None}
+                record = json.loads(text) if text.strip() else dict.fromkeys(fields)
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{where} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise ConfigError(f"{where} is not a JSON object")
-            yield text_of(record, text_field, errors, where)
+            yield record, where
 
 
-def _read_parquet(file: TextFile, text_field: str, errors: str) -> Iterator[str]:
+def _read_parquet(file: TextFile, fields: Sequence[str], errors: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path) as table:
-        columns = [text_field] if text_field in table.schema_arrow.names else None
+        names = table.schema_arrow.names
+        columns = list(fields) if set(fields) <= set(names) else None
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
-                yield text_of(record, text_field, errors, str(file.path))
+                yield record, str(file.path)
 
 
 @contextlib.contextmanager

@@ -8,38 +8,32 @@ itself, so that neither a kill nor the number of workers changes a byte. `index.
 import dataclasses
 import errno
 import functools
-import hashlib
-import io
 import json
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from transformer.config import Config, ConfigError, from_json, window_length, write_atomically
-from transformer.data import files, new_tokenizer, shards, sources, tokenizers
+from transformer.data import division, files, new_tokenizer, packing, shards, sources, tokenizers
+from transformer.data.division import FORMAT, Division, Portion
+from transformer.data.forms import Form, form_of
+from transformer.data.packing import Labels
 from transformer.data.prepared import SPLITS, Prepared, load_prepared
+from transformer.data.rows import RowShard
 from transformer.data.shards import Shard
 from transformer.data.sources import Corpus, Documents
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.workers import Workers
-
-FORMAT = 1
-"""Version of what lies in the cache; raise it whenever the same input gives other files."""
 
 SHARD_BYTES, MAX_SHARDS = 2**20, 512
 """Text in a shard at least, and shards in a split at most: large corpora get larger shards."""
 
 TOKENIZER_SAMPLE_BYTES = 10_000_000
 """Text that a tokenizer is trained on, over all sources."""
-
-Part = Literal["whole", "head", "tail"]
-Division = dict[str, tuple[Part, np.ndarray]]
-"""For each split, which part of its documents it takes, and a table of number, bytes and hash of each [3, documents]."""
 
 
 def prepare(config: Config, show_progress: bool = True) -> Prepared:
@@ -77,74 +71,24 @@ def main() -> None:
 def _make(config: Config, show_progress: bool) -> tuple[str, str, list[str]]:
     """Makes what is missing; returns where the tokenizer is, the fingerprint, and where the shards of each source are."""
     data, root = config.data, sources.cache_dir(config) / "tokens"
-    cuts = (data.validation_documents, data.validation_tail, window_length(config), SHARD_BYTES, MAX_SHARDS)
+    form = form_of(config)
+    lengths = (window_length(config),) if form.kind == "text" else packing.capacity(config)
+    cuts = (data.validation_documents, data.validation_tail, *lengths, SHARD_BYTES, MAX_SHARDS)
     with Workers(data.num_workers, show_progress) as workers:
         corpora = sources.open_sources(config)
         tokenizer, saved = _tokenizer(config, corpora, workers)
-        keys = [files.fingerprint(FORMAT, corpus.fingerprint, tokenizer.fingerprint, cuts) for corpus in corpora]
+        # The numbers of named labels follow from all sources together.
+        others = [corpus.fingerprint for corpus in corpora] if form.kind == "labelled" else ()
+        keys = [
+            files.fingerprint(FORMAT, corpus.fingerprint, tokenizer.fingerprint, cuts, *others) for corpus in corpora
+        ]
         for corpus, key in zip(corpora, keys, strict=True):
             with files.locked(root / key):
                 if not (root / key / "index.json").exists():
-                    _write_shards(config, corpus, tokenizer, saved, root / key, workers)
+                    _write_shards(config, corpora, corpus, tokenizer, saved, root / key, workers)
+            for message in packing.left_out(config, root / key) if form.kind != "text" else ():
+                workers.say(message)
     return str(saved), files.fingerprint(keys), [str(root / key) for key in keys]
-
-
-def split_texts(config: Config, name: Literal["train", "validation"]) -> Iterator[str]:
-    """Yields the texts of a split, source by source, in order: what a model is trained or measured on."""
-    with Workers(config.data.num_workers, False) as workers:
-        for corpus in sources.open_sources(config):
-            part, (numbers, *_) = _divide(config, corpus, workers)[name]
-            yield from _texts(config, corpus.documents, part, numbers)
-
-
-def _texts(config: Config, documents: Documents, part: Part, numbers: np.ndarray) -> Iterator[str]:
-    tail = 0.1 if config.data.validation_tail is None else config.data.validation_tail
-    for number in numbers:
-        text = documents[number]
-        end = int(len(text) * (1 - tail))
-        if text := text if part == "whole" else text[:end] if part == "head" else text[end:]:
-            yield text
-
-
-def _divide(config: Config, corpus: Corpus, workers: Workers) -> Division:
-    """Reads every document once (the result is kept) and divides those with text by its hash.
-
-    A document's side depends on nothing but its own text, so adding documents moves none.
-    """
-    data = config.data
-    path = sources.cache_dir(config) / "documents" / files.fingerprint(FORMAT, corpus.fingerprint) / "table.npy"
-    with files.locked(path.parent):
-        if not path.exists():
-            total = len(corpus.documents.records)
-            step = max(64, -(-total // 1000))
-            tasks = [range(i, min(i + step, total)) for i in range(0, total, step)]
-            found = workers.map(functools.partial(_measure, corpus.documents), tasks, f"reading {corpus.name}")
-            content = io.BytesIO()
-            np.save(content, np.concatenate([np.zeros((3, 0), np.uint64), *found], axis=1))
-            write_atomically(path, content.getvalue())
-    table = np.load(path)
-    table = table[:, table[1] > 0]
-    if not table.size:
-        raise ConfigError(f"the corpus is empty: no document of {corpus.name} has text")
-    if data.validation_tail is not None or table.shape[1] == 1:
-        return {"train": ("head", table), "validation": ("tail", table)}
-    held_out = table[2] / 2.0**64 < data.validation_documents
-    if held_out.all() or not held_out.any():
-        raise ConfigError(
-            f"data.validation_documents = {data.validation_documents}: {'all' if held_out.all() else 'none'} of the "
-            f"{held_out.size} documents of {corpus.name} fall into the validation split; change it, or set "
-            "data.validation_tail = 0.1 to hold out the last part of each document"
-        )
-    return {"train": ("whole", table[:, ~held_out]), "validation": ("whole", table[:, held_out])}
-
-
-def _measure(documents: Documents, numbers: range) -> np.ndarray:
-    table = np.empty((3, len(numbers)), np.uint64)
-    for column, number in enumerate(numbers):
-        data = documents[number].encode()
-        digest = hashlib.blake2b(data, digest_size=8).digest()
-        table[:, column] = number, len(data), int.from_bytes(digest, "little")
-    return table
 
 
 def _groups(table: np.ndarray) -> list[np.ndarray]:
@@ -177,29 +121,31 @@ def _new_tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) 
     kind, size = config.data.tokenizer, config.data.tokenizer_vocab_size
     if kind == "bytes":
         return tokenizers.ByteTokenizer()
-    divisions = [_divide(config, corpus, workers) for corpus in corpora]
+    form, divisions = form_of(config), [division.divide(config, corpus, workers) for corpus in corpora]
     if kind == "characters":
         alphabets = []
-        for corpus, division in zip(corpora, divisions, strict=True):
-            groups = [group for name in SPLITS for group in _groups(division[name][1])]
-            found = functools.partial(_alphabet, corpus.documents)
-            alphabets += workers.map(found, groups, f"collecting the characters of {corpus.name}")
+        for corpus, parts in zip(corpora, divisions, strict=True):
+            tasks = [(portion.documents, group) for portion, table in parts.values() for group in _groups(table)]
+            found = functools.partial(_alphabet, form)
+            alphabets += workers.map(found, tasks, f"collecting the characters of {corpus.name}")
         return tokenizers.CharacterTokenizer("".join(alphabets))
     assert kind != "huggingface", "validated: it comes from a file"
     workers.say(f"training a tokenizer: {kind}, {size} tokens")
-    return new_tokenizer.train_sentencepiece(_sample(config, corpora, [d["train"] for d in divisions]), kind, size)
+    return new_tokenizer.train_sentencepiece(_sample(config, [d["train"] for d in divisions]), kind, size)
 
 
-def _alphabet(documents: Documents, numbers: np.ndarray) -> str:
-    return "".join(sorted(set().union(*(documents[number] for number in numbers))))
+def _alphabet(form: Form, task: tuple[Documents, np.ndarray]) -> str:
+    documents, numbers = task
+    return "".join(sorted(set().union(*(text for number in numbers for text in form.texts(documents[number])))))
 
 
-def _sample(config: Config, corpora: Sequence[Corpus], parts: Sequence[tuple[Part, np.ndarray]]) -> Iterator[str]:
-    """Yields training documents, in the order of their hashes, up to TOKENIZER_SAMPLE_BYTES; sources in proportion."""
-    sizes = [int(table[1].sum()) for _, table in parts]
-    for corpus, (part, table), size in zip(corpora, parts, sizes, strict=True):
+def _sample(config: Config, parts: Sequence[tuple[Portion, np.ndarray]]) -> Iterator[str]:
+    """Yields training texts, in the order of their documents' hashes, up to TOKENIZER_SAMPLE_BYTES; sources in proportion."""
+    form, sizes = form_of(config), [int(table[1].sum()) for _, table in parts]
+    for (portion, table), size in zip(parts, sizes, strict=True):
         left = size * TOKENIZER_SAMPLE_BYTES // max(sum(sizes), TOKENIZER_SAMPLE_BYTES)
-        for text in _texts(config, corpus.documents, part, table[0][np.argsort(table[2], kind="stable")]):
+        documents = division.read(config, portion, table[0][np.argsort(table[2], kind="stable")])
+        for text in (text for document in documents for text in form.texts(document)):
             yield text[:left]
             left -= len(text.encode())
             if left <= 0:
@@ -210,42 +156,70 @@ def _sample(config: Config, corpora: Sequence[Corpus], parts: Sequence[tuple[Par
 
 
 def _write_shards(
-    config: Config, corpus: Corpus, tokenizer: Tokenizer, saved: Path, directory: Path, workers: Workers
+    config: Config,
+    corpora: Sequence[Corpus],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    saved: Path,
+    directory: Path,
+    workers: Workers,
 ) -> None:
     """Writes the shards that are missing and then the index; the caller holds the lock of `directory`."""
     for killed in directory.glob(".*.partial"):
         killed.unlink()
+    kind, parts = form_of(config).kind, division.divide(config, corpus, workers)
+    labels = Labels()
+    if kind == "labelled":
+        everything = {other.name: division.divide(config, other, workers) for other in corpora}
+        labels = packing.collect_labels(config, everything, workers)
     tasks = []
-    for name, (part, table) in _divide(config, corpus, workers).items():
+    for name, (portion, table) in parts.items():
         groups = enumerate(_groups(table))
-        tasks += [(directory / f"{name}-{i:05d}.array_record", part, numbers) for i, numbers in groups]
-    write = functools.partial(_write_shard, config, corpus.documents, saved)
+        tasks += [(directory / f"{name}-{i:05d}.array_record", portion, numbers) for i, numbers in groups]
+    write = functools.partial(_write_shard, config, saved, labels)
     written = workers.map(write, tasks, f"tokenising {corpus.name}")
-    index: dict[str, object] = {"name": corpus.name, "sequence_length": window_length(config)}
-    index["token_type"] = shards.token_type(tokenizer.vocab_size)
+    index: dict[str, object] = {"name": corpus.name}
+    if kind == "text":
+        index |= {"sequence_length": window_length(config), "token_type": shards.token_type(tokenizer.vocab_size)}
+    else:
+        index |= {"kind": kind, "token_type": packing.token_type(tokenizer, labels)}
+        index |= {"num_labels": labels.count, "labels": labels.names, "num_empty": _num_empty(corpus, parts)}
     for name in SPLITS:
         own = [shard for shard in written if shard.file.startswith(name)]
-        if not sum(shard.length - shard.num_documents for shard in own):
-            raise ConfigError(f"the {name} split of {corpus.name} has no text: change data.validation_tail")
+        if not sum(s.num_rows if isinstance(s, RowShard) else s.length - s.num_documents for s in own):
+            problem = "has no text: change data.validation_tail"
+            problem = problem if kind == "text" else f"has no example that is not longer than {packing.room(config)}"
+            raise ConfigError(f"the {name} split of {corpus.name} {problem}")
         index[name] = [dataclasses.asdict(shard) for shard in own]
     write_atomically(directory / "index.json", json.dumps(index, indent=1) + "\n")
+
+
+def _num_empty(corpus: Corpus, parts: Division) -> int:
+    given = [corpus.held_out] if corpus.held_out else []
+    total = sum(len(part.documents.records) for part in (corpus, *given))
+    return total - sum(table.shape[1] for _, table in parts.values())
 
 
 _load_once = functools.lru_cache(maxsize=1)(tokenizers.load_tokenizer)
 
 
-def _write_shard(config: Config, documents: Documents, saved: Path, task: tuple[Path, Part, np.ndarray]) -> Shard:
-    """Tokenises the documents of a shard, each as `bos` ids `eos`, unless that was done before.
+def _write_shard(
+    config: Config, saved: Path, labels: Labels, task: tuple[Path, Portion, np.ndarray]
+) -> Shard | RowShard:
+    """Tokenises the documents of a shard, each of running text as `bos` ids `eos`, unless that was done before.
 
     The first part of a document has no `eos`, for the document does not end there.
     """
-    path, part, numbers = task
+    path, portion, numbers = task
+    kind = Shard if form_of(config).kind == "text" else RowShard
     if path.exists():
-        return shards.describe_shard(path)
+        return kind(**shards.read_description(path))
     tokenizer = _load_once(saved)
+    if kind is RowShard:
+        return packing.write_rows(config, tokenizer, labels, path, portion, numbers)
     begin, end = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
     ids, num_bytes = [], 0
-    for text in _texts(config, documents, part, numbers):
-        ids.append(np.concatenate([begin, tokenizer.encode(text), end[: part != "head"]]))
+    for text in division.read(config, portion, numbers):
+        ids.append(np.concatenate([begin, tokenizer.encode(text), end[: portion.part != "head"]]))
         num_bytes += len(text.encode())
     return shards.write_shard(path, ids, num_bytes, tokenizer.vocab_size, window_length(config))

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from transformer.config import Config, ConfigError, to_json
+from transformer.data.rows import RowShard, RowSplit
 from transformer.data.shards import Shard, Split, Window
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -22,10 +23,15 @@ class Source:
     """The two splits of one source."""
 
     name: str
-    train: Split
-    validation: Split
+    train: Split | RowSplit
+    validation: Split | RowSplit
+    num_labels: int = 0
+    """Classes of texts with labels."""
+    labels: tuple[str, ...] = ()
+    """Their names, in order of their numbers; none where the labels are numbers themselves."""
 
 
+@runtime_checkable
 class Maker(Protocol):
     """How a window of text becomes a row of a batch: what an objective does."""
 
@@ -50,6 +56,11 @@ class Prepared:
     maker: Maker | None = None
     """Makes examples from windows; None: a window is an example."""
 
+    @property
+    def num_labels(self) -> int:
+        """Classes of texts with labels, over all sources."""
+        return max(source.num_labels for source in self.sources)
+
 
 def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepared:
     """Returns what lies in the directories of a tokenizer and of the shards of each source."""
@@ -58,9 +69,17 @@ def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepa
 
 def _read_index(directory: Path) -> Source:
     index = json.loads((directory / "index.json").read_text())
+    if "kind" in index:
+        rows = {name: tuple(RowShard(**shard) for shard in index[name]) for name in SPLITS}
+        train, validation = (
+            RowSplit(name, directory, index["kind"], index["token_type"], rows[name]) for name in SPLITS
+        )
+        return Source(index["name"], train, validation, index["num_labels"], tuple(index["labels"]))
     parts = {name: tuple(Shard(**shard) for shard in index[name]) for name in SPLITS}
-    kind = (directory, index["sequence_length"], index["token_type"])
-    return Source(index["name"], *(Split(name, *kind, parts[name]) for name in SPLITS))
+    train, validation = (
+        Split(name, directory, index["sequence_length"], index["token_type"], parts[name]) for name in SPLITS
+    )
+    return Source(index["name"], train, validation)
 
 
 def prepare_apart(config: Config, show_progress: bool = True) -> Prepared:

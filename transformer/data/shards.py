@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Split:
         records = np.unique(np.concatenate([inputs, inputs + 1]) // length)
         tokens = np.zeros((len(records), length), np.int32)
         is_start = np.zeros((len(records), length), bool)
-        for row, record in enumerate(_reader(str(self.directory / shard.file)).read(records.tolist())):
+        for row, record in enumerate(reader(str(self.directory / shard.file)).read(records.tolist())):
             # The number of documents that begin in the record, where they do, and the tokens.
             (count,) = np.frombuffer(record, np.uint32, 1)
             ids = np.frombuffer(record, self.token_type, offset=4 + 4 * int(count))
@@ -112,25 +112,36 @@ def write_shard(path: Path, documents: Sequence[np.ndarray], num_bytes: int, voc
     tokens = np.concatenate([np.zeros(0, np.int32), *documents]).astype(token_type(vocab_size))
     starts = np.cumsum(sizes) - sizes
     shard = Shard(path.name, len(documents), len(tokens), num_bytes)
+
+    def records() -> Iterator[bytes]:
+        for begin in range(0, len(tokens), length):
+            here = starts[slice(*np.searchsorted(starts, (begin, begin + length)))] - begin
+            yield np.array([len(here), *here], np.uint32).tobytes() + tokens[begin : begin + length].tobytes()
+
+    write_records(path, records(), dataclasses.asdict(shard))
+    return shard
+
+
+def write_records(path: Path, records: Iterable[bytes], description: dict[str, Any]) -> None:
+    """Writes records and what `read_description` returns, whole or not at all: temporary name, fsync, rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-    for begin in range(0, len(tokens), length):
-        here = starts[slice(*np.searchsorted(starts, (begin, begin + length)))] - begin
-        writer.write(np.array([len(here), *here], np.uint32).tobytes() + tokens[begin : begin + length].tobytes())
-    writer.write(json.dumps(dataclasses.asdict(shard)).encode())
+    for record in records:
+        writer.write(record)
+    writer.write(json.dumps(description).encode())
     writer.close()
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return shard
 
 
-def describe_shard(path: Path) -> Shard:
-    """Returns what `write_shard` returned for the file."""
-    reader = array_record_module.ArrayRecordReader(str(path))
-    return Shard(**json.loads(reader.read([reader.num_records() - 1])[0]))
+def read_description(path: Path) -> dict[str, Any]:
+    """Returns the description that `write_records` wrote after the records."""
+    own = array_record_module.ArrayRecordReader(str(path))
+    return json.loads(own.read([own.num_records() - 1])[0])
 
 
 @functools.lru_cache(maxsize=512)  # open files, of which many systems allow a process 1,024
-def _reader(path: str) -> Any:
+def reader(path: str) -> Any:
+    """Returns the file, open for reading records by number."""
     return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0")

@@ -1,5 +1,6 @@
-"""Sources of text: whatever `data.source` names becomes numbered documents with a fingerprint."""
+"""Sources: whatever `data.source` names becomes numbered documents with a fingerprint."""
 
+import dataclasses
 import functools
 import os
 import sysconfig
@@ -10,6 +11,7 @@ from typing import Any, SupportsIndex
 
 from transformer.config import Config
 from transformer.data import files
+from transformer.data.forms import Form, form_of
 
 STDLIB_EXCLUDES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 """Directories of the standard library that are not its own source, or only its tests."""
@@ -17,16 +19,14 @@ STDLIB_EXCLUDES = frozenset({"site-packages", "dist-packages", "test", "tests", 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts by number; small to pickle, since the records are opened by path."""
+    """Documents by number; small to pickle, since the records are opened by path."""
 
     records: Any
     name: str
-    text_field: str
-    errors: str
+    form: Form
 
     def __getitem__(self, number: SupportsIndex) -> str:
-        record = self.records[int(number)]
-        return files.text_of(record, self.text_field, self.errors, f"example {number} of {self.name}")
+        return self.form.document(self.records[int(number)], f"example {number} of {self.name}")
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Corpus:
     name: str
     fingerprint: str
     open_records: Callable[[], Any]
-    text_field: str
-    errors: str
+    form: Form
+    held_out: "Corpus | None" = None
+    """What to validate on, where it is given."""
 
     @functools.cached_property
     def documents(self) -> Documents:
-        return Documents(self.open_records(), self.name, self.text_field, self.errors)
+        return Documents(self.open_records(), self.name, self.form)
 
 
 def cache_dir(config: Config) -> Path:
@@ -50,27 +51,35 @@ def cache_dir(config: Config) -> Path:
 
 
 def open_sources(config: Config) -> list[Corpus]:
-    """Returns the corpora that `data.path`, or else `data.source`, names. Raises ConfigError for what is not there."""
+    """Returns the corpora that `data.source_path`, else `data.path`, else `data.source` names. Raises ConfigError for what is not there."""
+    data = config.data
+    if data.source_path:
+        pairs = _aligned(config, "source_path", "target_path")
+        if not data.validation_source_path:
+            return [pairs]
+        held_out = _aligned(config, "validation_source_path", "validation_target_path")
+        key = files.fingerprint(pairs.fingerprint, held_out.fingerprint)
+        return [dataclasses.replace(pairs, fingerprint=key, held_out=held_out)]
     if config.data.path:
         return [_local(config, "local_text", files.find_files(config.data.path, "data.path"))]
     return [_open(config, *source.partition(":")[::2]) for source in config.data.source]
 
 
 def _open(config: Config, kind: str, name: str) -> Corpus:
-    data, cache = config.data, cache_dir(config)
+    form, cache = form_of(config), cache_dir(config)
     if kind == "local_text":
         return _local(config, kind, files.find_files((name,), "data.source"))
     if kind == "tfds":
         from transformer.data import builders
 
         builder = builders.named(name, Path(os.environ.get("TFDS_DATA_DIR") or cache / "datasets"))
-        key = files.fingerprint(kind, builder.info.full_name)
-        return Corpus(f"tfds:{name}", key, lambda: builders.build(builder), data.text_field, data.errors)
+        key = files.fingerprint(kind, builder.info.full_name, *form.key)
+        return Corpus(f"tfds:{name}", key, lambda: builders.build(builder), form)
     if kind == "hf":
         from transformer.data import huggingface
 
         state, records = huggingface.load(name, cache)
-        return Corpus(f"hf:{name}", files.fingerprint(kind, state), lambda: records, data.text_field, data.errors)
+        return Corpus(f"hf:{name}", files.fingerprint(kind, state, *form.key), lambda: records, form)
     root = Path(sysconfig.get_path("stdlib"))
     found = [files.TextFile(str(path.relative_to(root)), path) for path in sorted(root.rglob("*.py"))]
     return _local(config, kind, [file for file in found if not STDLIB_EXCLUDES & set(Path(file.name).parts)])
@@ -78,13 +87,36 @@ def _open(config: Config, kind: str, name: str) -> Corpus:
 
 def _local(config: Config, kind: str, found: Sequence[files.TextFile]) -> Corpus:
     """A corpus of files that one of our TFDS builders stores as ArrayRecord, anew whenever the files changed."""
-    data, cache = config.data, cache_dir(config)
-    key = files.fingerprint(kind, files.fingerprint_files(found, cache), data.text_field, data.errors)
+    form, cache = form_of(config), cache_dir(config)
+    what = (form.fields[0][1], form.errors) if form.kind == "text" else form.key
+    key = files.fingerprint(kind, files.fingerprint_files(found, cache), *what)
 
     def open_records() -> Any:
         from transformer.data import builders
 
         builder = builders.PythonStdlib if kind == "python_stdlib" else builders.LocalText
-        return builders.build(builder(found, data.text_field, data.errors, cache / "datasets" / key))
+        return builders.build(builder(found, form, cache / "datasets" / key))
 
-    return Corpus(kind, key, open_records, "text", data.errors)
+    return Corpus(kind, key, open_records, _stored(form))
+
+
+def _aligned(config: Config, source_key: str, target_key: str) -> Corpus:
+    """A corpus of pairs: the lines of the files that two keys of `data` name, in the order given."""
+    form, cache = form_of(config), cache_dir(config)
+    found = [
+        [file for pattern in getattr(config.data, name) for file in files.find_files((pattern,), f"data.{name}")]
+        for name in (source_key, target_key)
+    ]
+    key = files.fingerprint("local_pairs", [files.fingerprint_files(part, cache) for part in found], form.errors)
+
+    def open_records() -> Any:
+        from transformer.data import builders
+
+        return builders.build(builders.LocalPairs(found[0], found[1], form, cache / "datasets" / key))
+
+    return Corpus("local_pairs", key, open_records, _stored(form))
+
+
+def _stored(form: Form) -> Form:
+    """Returns the form of what our builders store: documents, whatever they consist of."""
+    return Form("text", (("data.text_field", "text"),), form.errors)

@@ -1,0 +1,95 @@
+"""Rows of several short examples, packed when the data is prepared, so that each row has a number of its own."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from transformer.data import shards
+from transformer.data.shards import Window
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """A file of rows made of consecutive documents: a record for each, and one that describes the others."""
+
+    file: str
+    num_documents: int
+    """Examples in the rows."""
+    num_rows: int
+    num_tokens: int
+    """Targets that count."""
+    num_bytes: int
+    """UTF-8 bytes of the texts."""
+    num_inputs: int
+    """Tokens of the inputs, without padding."""
+    num_too_long: int
+    """Examples that fit into no row and were left out."""
+    first_too_long: int | None
+    """Number of the first of them among the documents of the corpus, from 0."""
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """The training or validation part of a source of pairs or of texts with labels."""
+
+    name: str
+    directory: Path
+    kind: Literal["pairs", "labelled"]
+    token_type: str
+    shards: tuple[RowShard, ...]
+
+    @functools.cached_property
+    def first_windows(self) -> np.ndarray:
+        """Number of each shard's first row, and at the end of all."""
+        return np.cumsum([0, *(shard.num_rows for shard in self.shards)])
+
+    @property
+    def num_windows(self) -> int:
+        return int(self.first_windows[-1])
+
+    @functools.cached_property
+    def num_tokens(self) -> int:
+        """Targets that count: tokens to write with their `eos`, or labels."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the split's texts."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def window(self, number: int, seed: int | None = None, epoch: int = 0) -> Window:
+        """Returns a row, which is the same in every epoch; the arrays of each side are as long as its tokens.
+
+        Segments count the examples of the row from 1, positions count from 0 in each. Pairs have `encoder_inputs`,
+        `encoder_positions`, `encoder_segment_ids`, and `inputs`, `targets`, `positions`, `segment_ids`, `weights`. Texts
+        with labels have `inputs`, `positions`, `segment_ids` and `labels`: on every token the label of its text, or, where
+        words have labels, that of a word on its first token and -1 elsewhere.
+        """
+        index = int(np.searchsorted(self.first_windows, number, side="right")) - 1
+        path = self.directory / self.shards[index].file
+        (record,) = shards.reader(str(path)).read([number - int(self.first_windows[index])])
+        (count,) = np.frombuffer(record, np.uint32, 1)
+        sizes = np.frombuffer(record, np.uint32, 2 * int(count), offset=4).astype(np.int64)
+        values = np.frombuffer(record, self.token_type, offset=4 + 8 * int(count)).astype(np.int32)
+        parts = np.split(values, np.cumsum(sizes)[:-1])
+        firsts, seconds = parts[::2], parts[1::2]
+        if self.kind == "pairs":
+            encoder = {f"encoder_{name}": array for name, array in _joined(firsts).items()}
+            decoder = _joined([target[:-1] for target in seconds])
+            targets = np.concatenate([target[1:] for target in seconds])
+            return encoder | decoder | {"targets": targets, "weights": np.ones(len(targets), np.float32)}
+        each = [np.broadcast_to(label, len(ids)) for ids, label in zip(firsts, seconds, strict=True)]
+        return _joined(firsts) | {"labels": np.concatenate(each) - 1}
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Window:
+    sizes = [len(part) for part in parts]
+    return {
+        "inputs": np.concatenate(parts),
+        "positions": np.concatenate([np.arange(size) for size in sizes]),
+        "segment_ids": np.repeat(np.arange(1, len(parts) + 1), sizes),
+    }
