@@ -220,6 +220,8 @@ class Stack(nnx.Module):
 
 def fold_in(key: PRNGKeyArray | None, number: Any) -> PRNGKeyArray | None:
     """Returns the key of one part of what `key` is for, None without a key."""
+    if isinstance(number, int):
+        number %= 2**32  # layers count from 0, what is no layer from -1 down, and JAX takes no number below 0
     return None if key is None else jax.random.fold_in(key, number)
 
 
