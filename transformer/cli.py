@@ -109,8 +109,12 @@ def evaluate(options: EvaluateOptions) -> int:
     import jax
 
     from transformer.data.prepared import prepare_apart
-    from transformer.objectives import with_window
+    from transformer.objectives import objective_of, with_window
     from transformer.training.evaluation import Evaluator
+
+    if options.baseline and not objective_of(config).COUNTS_TEXT:
+        problem = f"objective.name = {config.objective.name!r} does not predict every byte of a text"
+        raise ConfigError(f"--baseline: {problem}, which the trigram does")
 
     prepared = prepare_apart(with_window(config), show_progress=not options.as_json)
     if prepared.fingerprint != run.data_fingerprint:
@@ -129,7 +133,8 @@ def evaluate(options: EvaluateOptions) -> int:
         return 0
     print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} tokens)")
     print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token, accuracy {result['accuracy']:.4f}")
-    print(f"  bits a byte   {result['bits_per_byte']:.4f}")
+    if "bits_per_byte" in result:
+        print(f"  bits a byte   {result['bits_per_byte']:.4f}")
     if options.baseline:
         better = "the model is better" if result["bits_per_byte"] < result["trigram_bits_per_byte"] else "it is better"
         print(f"  bits a byte   {result['trigram_bits_per_byte']:.4f} of an interpolated byte trigram: {better}")

@@ -1,17 +1,12 @@
 """Preparing: what lies in the shards, how documents are divided, and that nothing but the input decides a byte."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import contents, finish, kill_twice, start
 
 from transformer.config import Config, ConfigError, replace
 from transformer.data import prepare as preparing
@@ -37,8 +32,9 @@ def streams(split: Split) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.array(inputs), np.array(targets)) for inputs, targets in found]
 
 
-def pieces(split: Split) -> list[list[int]]:
+def pieces(split: object) -> list[list[int]]:
     """The ids of each document, from the windows' tokens."""
+    assert isinstance(split, Split)
     found: list[list[int]] = []
     for inputs, targets in streams(split):
         for first, second in zip(inputs.tolist(), targets.tolist(), strict=True):
@@ -46,12 +42,6 @@ def pieces(split: Split) -> list[list[int]]:
                 found.append([BOS])
             found[-1].append(second)
     return found
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file() and p.name != ".lock"
-    }
 
 
 DOCUMENTS = ["", "a", "bc", "x" * 100, "é漢😀", "line\r\n\tline", "", "y" * 16, "z" * 15, "w" * 14, *"abcdefgh"]
@@ -124,12 +114,12 @@ def test_segments_join_no_two_documents_where_the_ring_closes(make_config: MakeC
         for epoch in range(1, 9):
             window = split.window(number, 0, epoch)
             starts = np.flatnonzero(window["inputs"] == BOS)
-            for start in starts[starts > 0]:
+            for begin in starts[starts > 0]:
                 closing += 1
-                assert window["positions"][start] == 0
-                assert window["segment_ids"][start] == window["segment_ids"][start - 1] + 1
+                assert window["positions"][begin] == 0
+                assert window["segment_ids"][begin] == window["segment_ids"][begin - 1] + 1
                 # The head's last input has its true successor as target, though the next input is the first token.
-                assert window["weights"][start - 1] == 1 and window["targets"][start - 1] != BOS
+                assert window["weights"][begin - 1] == 1 and window["targets"][begin - 1] != BOS
     assert closing
 
 
@@ -232,60 +222,10 @@ def test_sources_share_a_tokenizer_and_keep_their_shards(make_config: MakeConfig
 
 # The work of processes: killed, several, at once.
 
-PROGRAM = """
-import sys, time
-from transformer.config import from_json
-from transformer.data import prepare, shards
-
-prepare.SHARD_BYTES = 1000
-write = shards.write_shard
-
-def slowly(*arguments):
-    time.sleep(0.01)
-    return write(*arguments)
-
-shards.write_shard = slowly  # in the workers too, which import this file
-if __name__ == "__main__":
-    prepare.prepare(from_json(open(sys.argv[1]).read()))
-"""
-
 
 @pytest.fixture(scope="module")
 def many_documents(random_text: RandomText) -> list[str]:
     return [random_text(seed, 40) for seed in range(400)]
-
-
-def start(config: Config, directory: Path) -> subprocess.Popen:
-    from transformer.config import to_json
-
-    (directory / "program.py").write_text(PROGRAM)
-    (directory / "config.json").write_text(to_json(config))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(directory / "program.py"), str(directory / "config.json")]
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    return condition()
-
-
-def no_process_in(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -314,20 +254,7 @@ def test_killed_twice_gives_the_same_bytes(
     )
     num_shards = sum(name.endswith("array_record") for name in never_killed)
     assert num_shards > 40
-    generator = random.Random(num_workers)
-    tokens = tmp_path / "cache" / "tokens"
-    for kill in range(2):
-        process = start(config, tmp_path)
-        if kill == 0:
-            time.sleep(generator.uniform(0.2, 2.5))
-        else:
-            wanted = generator.randint(num_shards // 4, num_shards // 2)
-            assert wait_for(lambda wanted=wanted: len(list(tokens.rglob("*.array_record"))) >= wanted)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert wait_for(lambda process=process: no_process_in(process.pid), 20), "workers outlive their parent"
-    shards = {path: path.stat().st_mtime_ns for path in tokens.rglob("*.array_record")}
-    assert len(shards) >= num_shards // 4
+    shards = kill_twice(config, tmp_path, num_shards, seed=num_workers)
     finish(start(config, tmp_path))
     assert contents(tmp_path / "cache") == never_killed
     assert {path: path.stat().st_mtime_ns for path in shards} == shards, "finished shards were written again"

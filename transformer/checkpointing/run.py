@@ -160,18 +160,23 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def resolve(config: Config, vocab_size: int) -> Config:
+def resolve(config: Config, vocab_size: int, num_labels: int = 0) -> Config:
     """Returns `config` with everything that depends on tokenizer and data filled in.
 
-    Raises ConfigError if the model's vocabulary is smaller than the tokenizer's, with the objective's own tokens.
+    Raises ConfigError if the model's vocabulary is smaller than the tokenizer's, with the objective's own tokens, or if
+    it has fewer labels than the data.
     """
     model = config.model
+    if 0 < model.num_labels < num_labels:
+        problem = f"model.num_labels = {model.num_labels} is smaller than the {num_labels} labels of the data"
+        raise ConfigError(f"{problem}: give at least that, or leave it out")
     vocab_size += objective_of(config).num_extra_tokens(config)
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         problem = f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {vocab_size} tokens"
         raise ConfigError(f"{problem}: give at least that, or leave it out")
     num_positions = model.num_positions or max(config.data.sequence_length, source_length(config))
-    return replace(config, model={"vocab_size": model.vocab_size or vocab_size, "num_positions": num_positions})
+    found = {"vocab_size": model.vocab_size or vocab_size, "num_labels": model.num_labels or num_labels}
+    return replace(config, model=found | {"num_positions": num_positions})
 
 
 def for_platform(model: ModelConfig, platform: str) -> ModelConfig:

@@ -68,7 +68,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Number of tokens the model can tell apart (V); None: as many as tokenizer and objective have."""
     num_labels: int = 0
-    """Classes that a classifier's head tells apart; 0: the head is over the vocabulary."""
+    """Classes that a classifier's head tells apart; 0: as many as the data has, without labels a head over the vocabulary."""
     num_layers: int = 4
     """Blocks in the stack (L); in the decoder's of an encoder-decoder."""
     num_encoder_layers: int | None = None

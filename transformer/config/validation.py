@@ -8,11 +8,13 @@ from transformer.config.schema import (
     Config,
     ConfigError,
     DataConfig,
+    data_kind,
     get,
     keys,
     known_vocab_size,
     mesh_axes,
     nearest,
+    source_length,
     warmup_steps,
 )
 
@@ -42,7 +44,12 @@ def problems_of(config: Config) -> list[str]:
     """Returns every mistake in `config` that can be seen without looking at data or devices."""
     problems = list(_range_problems(config))
     wrong = {key for problem in problems for key in mentioned(problem)}
-    across = [*_data_problems(config.data), *_model_problems(config), *_run_problems(config)]
+    across = [
+        *_data_problems(config.data),
+        *_example_problems(config),
+        *_model_problems(config),
+        *_run_problems(config),
+    ]
     # What follows from a value that is impossible by itself is no mistake of its own.
     return problems + [problem for problem in across if not mentioned(problem) & wrong]
 
@@ -74,13 +81,13 @@ def _range_problems(config: Config) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     sources = ("python_stdlib", "local_text:PATH", "tfds:NAME", "hf:NAME")
     kinds = [source.partition(":")[0] for source in sources]
-    if not (data.path or data.source):
+    if not (data.path or data.source_path or data.source):
         yield "data.source is empty: name at least one source, or give data.path"
-    for source in () if data.path else data.source:
+    for source in () if data.path or data.source_path else data.source:
         kind, _, name = source.partition(":")
         if not (name if kind in kinds[1:] else source == "python_stdlib"):
             yield f"data.source = {source!r}: must be one of {', '.join(sources)}{nearest(kind, kinds)}"
-    expected = 1 if data.path else len(data.source)
+    expected = 1 if data.path or data.source_path else len(data.source)
     if data.weights and len(data.weights) != expected:
         yield f"data.weights has {len(data.weights)} numbers for {expected} sources"
     if not all(0 < weight < math.inf for weight in data.weights):
@@ -89,6 +96,46 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json"
     if data.tokenizer in ("bytes", "characters") and data.tokenizer_path:
         yield f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file"
+
+
+_PAIRS = (("source_path", "target_path"), ("validation_source_path", "validation_target_path"))
+
+
+def _example_problems(config: Config) -> Iterator[str]:
+    """What the objective learns from, and where that comes from."""
+    data, model, kind = config.data, config.model, data_kind(config)
+    name = f"objective.name = {config.objective.name!r}"
+    given = [key for pair in _PAIRS for key in pair if getattr(data, key)]
+    for pair in _PAIRS if kind == "pairs" else ():
+        for one, other in (pair, pair[::-1]):
+            if one in given and other not in given:
+                yield f"data.{one} is given without data.{other}: every text to read needs one to write"
+    if kind != "pairs" and given:
+        yield f"data.{given[0]} = {getattr(data, given[0])!r}: only 'seq2seq' learns from pairs, not {name}"
+    elif given and not data.source_path and not data.target_path:
+        yield f"data.{given[0]} holds out pairs of data.source_path, which is not given: use data.validation_documents"
+    if kind == "pairs" and data.source_path and data.path:
+        yield "data.source_path and data.path are both given: pairs come from one of them"
+    if kind != "text" and data.validation_tail is not None:
+        yield f"data.validation_tail = {data.validation_tail}: {name} holds out whole examples (data.validation_documents)"
+    if kind != "text" and "python_stdlib" in data.source and not data.path and not given:
+        fields = (
+            "data.source_field and data.target_field" if kind == "pairs" else "data.text_field and data.label_field"
+        )
+        files = "data.source_path and data.target_path, or " if kind == "pairs" else ""
+        records = f"records with {fields} by data.path, tfds:NAME or hf:NAME"
+        wanted = "pairs" if kind == "pairs" else "texts with labels"
+        yield f"data.source = 'python_stdlib' has no {wanted}, which {name} needs: give {files}{records}"
+    if kind == "pairs" and model.architecture != "encoder_decoder":
+        yield f"model.architecture = {model.architecture!r}: {name} reads one text and writes another: 'encoder_decoder'"
+    if kind == "labelled" and model.architecture == "encoder_decoder":
+        yield f"model.architecture = 'encoder_decoder': {name} reads one text: 'encoder', or 'decoder'"
+    if kind != "labelled" and model.num_labels > 0:
+        classifiers = "'sequence_classification' and 'token_classification'"
+        yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
+    length, rows = source_length(config), model.num_positions
+    if model.positions == "learned" and kind == "pairs" and rows is not None and rows < length:
+        yield f"data.source_length = {length} is longer than model.num_positions = {rows}"
 
 
 def _model_problems(config: Config) -> Iterator[str]:

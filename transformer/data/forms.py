@@ -111,7 +111,8 @@ def read_documents(file: files.TextFile, form: Form) -> Iterator[str]:
     """
     if form.kind != "text" and file.kind not in RECORDS:
         needs = "data.source_path and data.target_path, or " if form.kind == "pairs" else ""
-        raise ConfigError(f"{file.path}: {form.kind} examples need {needs}records in {' or '.join(RECORDS)} files")
+        wanted = "pairs" if form.kind == "pairs" else "texts with labels"
+        raise ConfigError(f"{file.path}: {wanted} come from {needs}records in {' or '.join(RECORDS)} files")
     for record, where in files.read_records(file, [field for _, field in form.fields], form.errors):
         yield form.document(record, where)
 

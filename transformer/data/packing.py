@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,14 @@ def capacity(config: Config) -> tuple[int, int]:
     return (source_length(config) if data_kind(config) == "pairs" else length), length
 
 
-def collect_labels(config: Config, divisions: Mapping[str, Division], workers: Workers) -> Labels:
-    """Returns the classes in documents, given by the name of their source: names sorted, or numbers as they are.
+def collect_labels(config: Config, divisions: Sequence[tuple[str, Division]], workers: Workers) -> Labels:
+    """Returns the classes in the documents of sources, each with its name: names sorted, or numbers as they are.
 
     Raises ConfigError for names beside numbers, and for names that occur in validation alone.
     """
     form = form_of(config)
     found: dict[str, set[Label]] = {"train": set(), "validation": set()}
-    for source, division in divisions.items():
+    for source, division in divisions:
         for split, (portion, (numbers, *_)) in division.items():
             tasks = np.array_split(numbers, -(-len(numbers) // 10_000))
             task = functools.partial(_labels, form, portion.documents)

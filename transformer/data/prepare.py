@@ -170,7 +170,7 @@ def _write_shards(
     kind, parts = form_of(config).kind, division.divide(config, corpus, workers)
     labels = Labels()
     if kind == "labelled":
-        everything = {other.name: division.divide(config, other, workers) for other in corpora}
+        everything = [(other.name, division.divide(config, other, workers)) for other in corpora]
         labels = packing.collect_labels(config, everything, workers)
     tasks = []
     for name, (portion, table) in parts.items():

@@ -4,7 +4,7 @@ import importlib
 import logging
 import math
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from transformer.models.masks import Mask
 from transformer.models.positions import Bias
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Computes what `dot_product_attention` does, or raises NotImplementedError with the reason why it cannot."""
 

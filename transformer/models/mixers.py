@@ -2,7 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -46,6 +46,7 @@ jax.tree_util.register_dataclass(Memory, ["hidden", "tokens"], [])
 jax.tree_util.register_dataclass(Context, ["tokens", "columns", "index", "rotary", "bias", "memory"], ["causal"])
 
 
+@runtime_checkable
 class MixerModule(Protocol):
     """Module of one layer: `Mixer(config, kind, num_layers)`, `num_layers` being the depth of its stack."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Terms:
 jax.tree_util.register_dataclass(Terms, ["losses", "measures", "statistics"], [])
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A module of this package: how text becomes examples, and outputs become terms; nothing else."""
 

@@ -45,7 +45,7 @@ def run(config: Config, workdir: Path) -> int:
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
         prepared = prepare_apart(with_window(config), show_progress=is_writer)
-        config = resolve(config, prepared.tokenizer.vocab_size)
+        config = resolve(config, prepared.tokenizer.vocab_size, prepared.num_labels)
         prepared = with_examples(prepared, objective_of(config), config)
 
         with locked(workdir) if is_writer else contextlib.nullcontext():

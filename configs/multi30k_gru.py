@@ -1,0 +1,22 @@
+"""German to English on Multi30k with recurrent networks, as it was done before the Transformer.
+
+A GRU (Cho et al. 2014, arXiv:1406.1078) reads the sentence in both directions, and another writes the translation; at each
+token it weighs what was read by an additive score (Bahdanau et al. 2014, arXiv:1409.0473).
+"""
+
+from configs import multi30k_transformer
+from transformer.config import Config, replace
+
+
+def get_config() -> Config:
+    return replace(
+        multi30k_transformer.get_config(),
+        model={
+            "layers": "gru/none",
+            "num_layers": 1,
+            "cross_attention": "bahdanau",
+            "recurrent_width": 512,
+            "positions": "none",
+        },
+        optimizer={"learning_rate": 2e-3},
+    )

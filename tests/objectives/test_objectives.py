@@ -1,0 +1,106 @@
+"""What holds for every objective, and what is said when its data does not fit it."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import pytest
+
+from transformer.config import OBJECTIVE_DATA, Config, data_kind, problems_of, replace
+from transformer.objectives import OBJECTIVES
+
+PAIRS = {"source_path": ("a",), "target_path": ("b",)}
+SEQ2SEQ = {"objective": {"name": "seq2seq"}, "model": {"architecture": "encoder_decoder"}}
+LABELS = {"objective": {"name": "sequence_classification"}, "data": {"path": ("a.jsonl",)}}
+
+
+@pytest.mark.parametrize("name", [name for name, module in OBJECTIVES.items() if importlib.util.find_spec(module)])
+def test_the_configuration_knows_what_each_learns_from(name: str) -> None:
+    objective = importlib.import_module(OBJECTIVES[name])
+    assert data_kind(replace(Config(), objective={"name": name})) == objective.DATA
+    assert (name in OBJECTIVE_DATA) == (objective.DATA != "text")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        SEQ2SEQ | {"data": PAIRS},
+        SEQ2SEQ | {"data": {"path": ("a.jsonl",)}},
+        SEQ2SEQ | {"data": {"source": ("tfds:wmt14_translate/de-en",)}},
+        SEQ2SEQ | {"data": PAIRS | {"source": (), "weights": (2.0,)}},
+        LABELS,
+        LABELS | {"model": {"architecture": "encoder", "num_labels": 3}},
+    ],
+)
+def test_what_fits_is_no_problem(changes: dict[str, Any]) -> None:
+    assert problems_of(replace(Config(), **changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            SEQ2SEQ | {"data": {"source_path": ("a",)}},
+            "data.source_path is given without data.target_path: every text to read needs one to write",
+        ),
+        (
+            SEQ2SEQ | {"data": PAIRS | {"validation_target_path": ("a",)}},
+            "data.validation_target_path is given without data.validation_source_path: every text to read needs one to "
+            "write",
+        ),
+        (
+            SEQ2SEQ | {"data": {"path": ("a",), "validation_source_path": ("a",), "validation_target_path": ("b",)}},
+            "data.validation_source_path holds out pairs of data.source_path, which is not given: use "
+            "data.validation_documents",
+        ),
+        (
+            SEQ2SEQ | {"data": PAIRS | {"path": ("a",)}},
+            "data.source_path and data.path are both given: pairs come from one of them",
+        ),
+        (
+            {"data": PAIRS},
+            "data.source_path = ('a',): only 'seq2seq' learns from pairs, not objective.name = 'causal'",
+        ),
+        (
+            SEQ2SEQ | {"data": PAIRS | {"validation_tail": 0.1}},
+            "data.validation_tail = 0.1: objective.name = 'seq2seq' holds out whole examples (data.validation_documents)",
+        ),
+        (
+            SEQ2SEQ,
+            "data.source = 'python_stdlib' has no pairs, which objective.name = 'seq2seq' needs: give data.source_path "
+            "and data.target_path, or records with data.source_field and data.target_field by data.path, tfds:NAME or "
+            "hf:NAME",
+        ),
+        (
+            {"objective": {"name": "token_classification"}},
+            "data.source = 'python_stdlib' has no texts with labels, which objective.name = 'token_classification' "
+            "needs: give records with data.text_field and data.label_field by data.path, tfds:NAME or hf:NAME",
+        ),
+        (
+            {"objective": {"name": "seq2seq"}, "data": PAIRS},
+            "model.architecture = 'decoder': objective.name = 'seq2seq' reads one text and writes another: "
+            "'encoder_decoder'",
+        ),
+        (
+            LABELS | {"model": {"architecture": "encoder_decoder"}},
+            "model.architecture = 'encoder_decoder': objective.name = 'sequence_classification' reads one text: "
+            "'encoder', or 'decoder'",
+        ),
+        (
+            {"model": {"num_labels": 2}},
+            "model.num_labels = 2: only 'sequence_classification' and 'token_classification' have labels, not "
+            "objective.name = 'causal'",
+        ),
+        (
+            {
+                "objective": {"name": "seq2seq"},
+                "data": PAIRS | {"source_length": 300},
+                "model": {"architecture": "encoder_decoder", "positions": "learned", "num_positions": 256},
+            },
+            "data.source_length = 300 is longer than model.num_positions = 256",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told(changes: dict[str, Any], problem: str) -> None:
+    assert problems_of(replace(Config(), **changes)) == [problem]

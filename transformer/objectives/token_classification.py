@@ -1,0 +1,45 @@
+"""Token classification: a class for each word of a text, as in tagging and the recognition of names.
+
+A model that sees everything tells it at the first token of the word (Devlin et al. 2019, arXiv:1810.04805, section 5.3); one
+that sees the past alone at the last, where it has read the word.
+"""
+
+import numpy as np
+
+from transformer.config import Config
+from transformer.data.tokenizers import Tokenizer
+from transformer.objectives.cross_entropy import token_terms as terms
+from transformer.objectives.terms import Row, token_arrays
+
+__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "terms", "window_length"]
+
+DATA, COUNTS_TEXT = "labelled", False
+
+
+def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
+    """Returns the row of texts with the class of each word as the target of one of its tokens."""
+    segments, labels = window["segment_ids"], window["labels"]
+    starts = np.flatnonzero(labels >= 0)
+    places = starts if config.model.has_encoder else _last_tokens(starts, segments)
+    targets, weights = np.zeros(len(labels), np.int32), np.zeros(len(labels), np.float32)
+    targets[places], weights[places] = labels[starts], 1
+    row = {name: window[name] for name in ("inputs", "positions", "segment_ids")}
+    return row | {"targets": targets, "weights": weights}
+
+
+def _last_tokens(starts: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Returns where words end that begin at `starts`: before the next of the same text, or before its `eos`."""
+    ends = np.searchsorted(segments, segments[starts], side="right") - 1
+    return np.minimum(np.append(starts[1:], len(segments)), ends) - 1
+
+
+def arrays(config: Config) -> dict[str, tuple[int, str]]:
+    return token_arrays(config.data.sequence_length)
+
+
+def window_length(config: Config) -> int:
+    return config.data.sequence_length
+
+
+def num_extra_tokens(config: Config) -> int:
+    return 0
