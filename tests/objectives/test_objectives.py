@@ -26,6 +26,7 @@ def test_the_configuration_knows_what_each_learns_from(name: str) -> None:
     [
         {},
         SEQ2SEQ | {"data": PAIRS},
+        SEQ2SEQ | {"data": PAIRS | {"path": ("a.jsonl",)}},
         SEQ2SEQ | {"data": {"path": ("a.jsonl",)}},
         SEQ2SEQ | {"data": {"source": ("tfds:wmt14_translate/de-en",)}},
         SEQ2SEQ | {"data": PAIRS | {"source": (), "weights": (2.0,)}},
@@ -50,13 +51,10 @@ def test_what_fits_is_no_problem(changes: dict[str, Any]) -> None:
             "write",
         ),
         (
-            SEQ2SEQ | {"data": {"path": ("a",), "validation_source_path": ("a",), "validation_target_path": ("b",)}},
+            SEQ2SEQ
+            | {"data": {"source": ("hf:a",), "validation_source_path": ("a",), "validation_target_path": ("b",)}},
             "data.validation_source_path holds out pairs of data.source_path, which is not given: use "
             "data.validation_documents",
-        ),
-        (
-            SEQ2SEQ | {"data": PAIRS | {"path": ("a",)}},
-            "data.source_path and data.path are both given: pairs come from one of them",
         ),
         (
             {"data": PAIRS},

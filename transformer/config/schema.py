@@ -47,13 +47,13 @@ class DataConfig:
     source: tuple[str, ...] = ("python_stdlib",)
     """Text sources: `python_stdlib`, `tfds:NAME[/CONFIG]`, `hf:NAME_OR_FOLDER`, or `local_text:PATH_OR_GLOB`."""
     path: tuple[str, ...] = ()
-    """Local files or globs (.txt, .md, .jsonl, .parquet, plain or .gz or .zst); when given they replace `source`."""
+    """Local files or globs (.txt, .md, .jsonl, .parquet, plain or .gz or .zst); when given they replace what else is named."""
     weights: tuple[float, ...] = ()
     """Share of the examples drawn from each source; empty means in proportion to the number of their tokens."""
     text_field: str = "text"
     """Field of a .jsonl or .parquet record, or of a dataset's example, that holds the text."""
     source_path: tuple[str, ...] = ()
-    """Texts to read for pairs, a line each: with target_path, which has as many lines, it replaces `source`."""
+    """Texts to read for pairs, a line each: with target_path, which has as many lines, they replace `source`."""
     target_path: tuple[str, ...] = ()
     """Texts to write for pairs, a line each."""
     validation_source_path: tuple[str, ...] = ()

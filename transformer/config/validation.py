@@ -112,10 +112,8 @@ def _example_problems(config: Config) -> Iterator[str]:
                 yield f"data.{one} is given without data.{other}: every text to read needs one to write"
     if kind != "pairs" and given:
         yield f"data.{given[0]} = {getattr(data, given[0])!r}: only 'seq2seq' learns from pairs, not {name}"
-    elif given and not data.source_path and not data.target_path:
+    elif given and not (data.path or data.source_path or data.target_path):
         yield f"data.{given[0]} holds out pairs of data.source_path, which is not given: use data.validation_documents"
-    if kind == "pairs" and data.source_path and data.path:
-        yield "data.source_path and data.path are both given: pairs come from one of them"
     if kind != "text" and data.validation_tail is not None:
         yield f"data.validation_tail = {data.validation_tail}: {name} holds out whole examples (data.validation_documents)"
     if kind != "text" and "python_stdlib" in data.source and not data.path and not given:

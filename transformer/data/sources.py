@@ -51,9 +51,9 @@ def cache_dir(config: Config) -> Path:
 
 
 def open_sources(config: Config) -> list[Corpus]:
-    """Returns the corpora that `data.source_path`, else `data.path`, else `data.source` names. Raises ConfigError for what is not there."""
+    """Returns the corpora that `data.path`, else `data.source_path`, else `data.source` names. Raises ConfigError for what is not there."""
     data = config.data
-    if data.source_path:
+    if data.source_path and not data.path:
         pairs = _aligned(config, "source_path", "target_path")
         if not data.validation_source_path:
             return [pairs]
