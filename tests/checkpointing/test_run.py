@@ -237,3 +237,10 @@ def test_a_disk_that_is_full_or_read_only(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_names_its_files_of_pairs_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = ("source_path", "target_path", "validation_source_path", "validation_target_path")
+    kept = _absolute(replace(Config(), data={key: (key, f"/{key}") for key in keys}).data)
+    assert {key: kept[key] for key in keys} == {key: (str(tmp_path / key), f"/{key}") for key in keys}
