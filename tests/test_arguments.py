@@ -208,7 +208,7 @@ def test_five_mistakes_of_five_kinds_in_a_command_line() -> None:
         [
             "--modle.width is not an option (did you mean model.width?)",
             "optimizer.learning_rate = 'fast': must be a number",
-            "optimizer.schedule = 'cosin': must be one of cosine, linear, wsd, constant (did you mean cosine?)",
+            "optimizer.schedule = 'cosin': must be one of cosine, linear, wsd, inverse_sqrt, constant (did you mean cosine?)",
             "train.batch_size = -4: must be greater than 0",
             "model.width = 256 is not divisible by model.num_heads = 3: change one, or set model.head_width",
         ]
@@ -252,7 +252,10 @@ def test_a_broken_recipe_is_told_beside_the_flags(recipe: Callable[[str], str]) 
         (["--model.biases", "yes"], "model.biases = 'yes': must be True or False"),
         (["--model.num-kv-heads", "x"], "model.num_kv_heads = 'x': must be a whole number or None"),
         (["--data.weights", "1", "x"], "data.weights = '1 x': must be any number of values, each a number"),
-        (["--optimizer.name", "adam"], "optimizer.name = 'adam': must be one of adamw, sgd (did you mean adamw?)"),
+        (
+            ["--optimizer.name", "adam"],
+            "optimizer.name = 'adam': must be one of adamw, adafactor, lion, sgd, muon, schedule_free (did you mean adamw?)",
+        ),
         (["-model.width", "3"], "'-model.width' is not an option: options begin with --"),
         (["--optimizer.decay-share", "nan"], "optimizer.decay_share = nan: must be a finite number"),
     ],

@@ -14,9 +14,8 @@ from transformer.config import Config, ConfigError, ModelConfig, replace
 from transformer.data.tokenizers import BOS, EOS, PAD, ByteTokenizer, CharacterTokenizer
 from transformer.inference import generate as module
 from transformer.inference.generate import generate
-from transformer.models.attention import empty_cache
 from transformer.models.parameters import Tree, init_parameters, map_specs, parameter_specs
-from transformer.models.transformer import Outputs, Transformer, apply
+from transformer.models.transformer import Outputs, Transformer, apply, empty_cache
 from transformer.parallel.sharding import make_mesh, sharding
 
 PROMPTS = ("To be", "", "or not to be, that is the question")
@@ -64,7 +63,7 @@ def test_cached_logits_equal_uncached_ones(changes: dict[str, Any]) -> None:
     expected = uncached_logits(model, params, tokens.tolist())
     cached = jax.jit(lambda params, batch, cache: _with_logits(apply(model, params, batch, cache=cache)))
     padding, prompt = 3, 9
-    cache = empty_cache(model.config, 1, 32)
+    cache = empty_cache(model, 1, 32)
     found = []
     for begin, end in [(-padding, prompt), *((i, i + 1) for i in range(prompt, len(tokens)))]:
         index = np.arange(begin, end)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.models.attention import ATTENTION, attention_mask, dot_product_attention
+from transformer.models.dot_product import attention_named, dot_product_attention
+from transformer.models.masks import Mask, Tokens
 
 
 def reference(query, key, value, mask):
@@ -45,21 +46,22 @@ def random_segments(length):
 
 
 def mask_of(segments, positions):
-    return attention_mask(positions, positions, segments, segments)
+    tokens = Tokens(positions, segments)
+    return Mask(tokens, tokens)
 
 
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_mask_is_causality_within_documents(length):
     segments, positions = random_segments(length)
-    mask = np.asarray(mask_of(segments, positions))
+    mask = np.asarray(mask_of(segments, positions).visible())
     for b, t, s in np.ndindex(mask.shape):
         assert mask[b, t, s] == (s <= t and segments[b, t] == segments[b, s] and segments[b, t] != 0), (b, t, s)
 
 
 def test_mask_of_a_continuation_sees_the_earlier_keys():
     segments, positions = random_segments(9)
-    whole = np.asarray(mask_of(segments, positions))
-    part = attention_mask(positions[:, 6:], positions, segments[:, 6:], segments)
+    whole = np.asarray(mask_of(segments, positions).visible())
+    part = mask_of(segments, positions).queries(6, 3).visible()
     np.testing.assert_array_equal(part, whole[:, 6:])
 
 
@@ -68,7 +70,7 @@ def test_mask_of_a_continuation_sees_the_earlier_keys():
 def test_attention_is_the_reference(length, heads, kv_heads):
     inputs = random_inputs(length, heads, kv_heads)
     mask = mask_of(*random_segments(length))
-    expected = reference(*inputs, mask=np.asarray(mask))
+    expected = reference(*inputs, mask=np.asarray(mask.visible()))
     actual = jax.jit(dot_product_attention)(*inputs, mask=mask)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -95,10 +97,12 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(length, 
 
 def test_blocks_leave_products_out():
     """Of 512 by 512 scores, four blocks of 128 compute 128 by (128 + 256 + 384 + 512): five eighths."""
-    inputs = [jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, 512, 512), jnp.bool_)]
+    places = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    mask = Mask(Tokens(places, places), Tokens(places, places))
+    inputs = [jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)] * 3 + [mask]
 
     def scores(implementation: str) -> int:
-        equations = jax.make_jaxpr(ATTENTION[implementation])(*inputs).jaxpr.eqns
+        equations = jax.make_jaxpr(attention_named(implementation))(*inputs).jaxpr.eqns
         outputs: Any = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]
         return sum(x.size for x in outputs if x.shape[-1] != 8)
 
@@ -110,7 +114,7 @@ def test_attention_with_scores_of_thousands_is_finite_and_right():
     inputs = random_inputs(7, 4, 2, scale=60.0)
     mask = mask_of(*random_segments(7))
     actual, backward = jax.vjp(lambda *x: dot_product_attention(*x, mask=mask), *inputs)
-    np.testing.assert_allclose(actual, reference(*inputs, mask=np.asarray(mask)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(actual, reference(*inputs, mask=np.asarray(mask.visible())), rtol=1e-3, atol=1e-3)
     assert all(np.all(np.isfinite(gradient)) for gradient in backward(actual))
 
 
@@ -119,7 +123,7 @@ def test_attention_in_bfloat16_keeps_its_softmax_in_float32():
     mask = mask_of(*random_segments(16))
     actual = dot_product_attention(*inputs, mask=mask)
     assert actual.dtype == jnp.bfloat16
-    error = np.asarray(actual, np.float64) - reference(*inputs, mask=np.asarray(mask))
+    error = np.asarray(actual, np.float64) - reference(*inputs, mask=np.asarray(mask.visible()))
     # bfloat16 has 8 bits; weights and output are rounded to it, their sum is not.
     assert np.max(np.abs(error)) < 2**-6
 

@@ -11,11 +11,9 @@ from transformer.models.layers import (
     Norm,
     dropout,
     materialize,
-    rotary_angles,
-    rotate,
-    sinusoidal_positions,
 )
 from transformer.models.parameters import bind, parameter_specs
+from transformer.models.positions import rotary_angles, rotate, sinusoidal_positions
 
 RNG = np.random.default_rng(0)
 
@@ -98,7 +96,8 @@ def test_sinusoidal_positions_are_those_of_the_paper():
 
 def turned(x, position, base=10_000.0):
     positions = jnp.full(x.shape[:2], position, jnp.int32)
-    return np.asarray(rotate(jnp.asarray(x, jnp.float32), rotary_angles(positions, x.shape[-1], base)), np.float64)
+    angles = rotary_angles(positions, config(rotary_base=base), x.shape[-1])
+    return np.asarray(rotate(jnp.asarray(x, jnp.float32), angles), np.float64)
 
 
 def test_rotation_is_a_product_with_complex_numbers():

@@ -105,14 +105,14 @@ def test_scale_of_initial_values():
     residual = scale / np.sqrt(2 * SMALL.num_layers)
     for value, expected in [
         (params["embedding"][:203], scale),
-        (layers["attention"]["query"]["kernel"], scale),
+        (layers["mixer"]["query"]["kernel"], scale),
         (layers["feedforward"]["up"]["kernel"], scale),
-        (layers["attention"]["output"]["kernel"], residual),
+        (layers["mixer"]["output"]["kernel"], residual),
         (layers["feedforward"]["down"]["kernel"], residual),
     ]:
         assert np.std(value) == pytest.approx(expected, rel=0.03)
         assert abs(np.mean(value)) < expected / 20
-    assert np.all(layers["attention_norm"]["scale"] == 1)
+    assert np.all(layers["mixer_norm"]["scale"] == 1)
 
 
 def test_binding_copies_and_leaves_the_module_as_it_was():

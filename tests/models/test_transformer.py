@@ -15,7 +15,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from transformer.config import ModelConfig
-from transformer.models.attention import ATTENTION, dot_product_attention
+from transformer.models import blocks, transformer
+from transformer.models.dot_product import ATTENTION, dot_product_attention
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
 from transformer.objectives.cross_entropy import softmax_cross_entropy
@@ -346,7 +347,8 @@ def test_every_layer_and_sublayer_drops_on_its_own(model_config, batch, monkeypa
         masks.append(np.asarray(jax.random.key_data(key)))
         return x
 
-    monkeypatch.setattr("transformer.models.transformer.dropout", record)
+    for module in (blocks, transformer):
+        monkeypatch.setattr(module, "dropout", record)
     model, params = build(model_config, dropout=0.3)
     apply(model, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
     assert len(masks) == len({tuple(mask) for mask in masks}) == 1 + 2 * model_config.num_layers

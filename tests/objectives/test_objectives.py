@@ -77,13 +77,11 @@ def test_what_fits_is_no_problem(changes: dict[str, Any]) -> None:
         ),
         (
             {"objective": {"name": "seq2seq"}, "data": PAIRS},
-            "model.architecture = 'decoder': objective.name = 'seq2seq' reads one text and writes another: "
-            "'encoder_decoder'",
+            "model.architecture = 'decoder': objective.name = 'seq2seq' needs 'encoder_decoder'",
         ),
         (
             LABELS | {"model": {"architecture": "encoder_decoder"}},
-            "model.architecture = 'encoder_decoder': objective.name = 'sequence_classification' reads one text: "
-            "'encoder', or 'decoder'",
+            "model.architecture = 'encoder_decoder': objective.name = 'sequence_classification' needs 'encoder' or 'decoder'",
         ),
         (
             {"model": {"num_labels": 2}},

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from transformer.config import Config
-from transformer.models.attention import ATTENTION, dot_product_attention
+from transformer.models.dot_product import ATTENTION, dot_product_attention
 from transformer.models.parameters import init_parameters, is_spec, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.optimizers import make_optimizer

@@ -33,6 +33,12 @@ Activation = Literal["gelu", "gelu_exact", "relu", "relu_squared", "silu", "swig
 RECURRENT: tuple[Mixer, ...] = ("lstm", "gru", "min_gru")
 """Mixers that are recurrent networks."""
 
+HAVE_PATTERNS: tuple[Mixer, ...] = ("attention", "latent_attention")
+"""Mixers that are attention, and may see a part of the keys."""
+
+SEE_BOTH_WAYS: tuple[Mixer, ...] = (*HAVE_PATTERNS, "linear_attention", "performer", *RECURRENT)
+"""Mixers that an encoder can have."""
+
 
 @dataclass(frozen=True)
 class LayerKind:

@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import get_args
 
+from transformer.config.model import HAVE_PATTERNS, SEE_BOTH_WAYS, FeedForwardKind, Mixer, Pattern, parse_layers
 from transformer.config.schema import (
     Config,
     ConfigError,
@@ -98,6 +100,20 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file"
 
 
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "causal": ("decoder",),
+    "prefix_lm": ("decoder",),
+    "fill_in_the_middle": ("decoder",),
+    "multi_token": ("decoder",),
+    "masked_lm": ("encoder",),
+    "span_corruption": ("encoder_decoder",),
+    "mixture_of_denoisers": ("encoder_decoder",),
+    "seq2seq": ("encoder_decoder",),
+    "sequence_classification": ("encoder", "decoder"),
+    "token_classification": ("encoder", "decoder"),
+}
+"""What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
+
 _PAIRS = (("source_path", "target_path"), ("validation_source_path", "validation_target_path"))
 
 
@@ -124,10 +140,11 @@ def _example_problems(config: Config) -> Iterator[str]:
         records = f"records with {fields} by data.path, tfds:NAME or hf:NAME"
         wanted = "pairs" if kind == "pairs" else "texts with labels"
         yield f"data.source = 'python_stdlib' has no {wanted}, which {name} needs: give {files}{records}"
-    if kind == "pairs" and model.architecture != "encoder_decoder":
-        yield f"model.architecture = {model.architecture!r}: {name} reads one text and writes another: 'encoder_decoder'"
-    if kind == "labelled" and model.architecture == "encoder_decoder":
-        yield f"model.architecture = 'encoder_decoder': {name} reads one text: 'encoder', or 'decoder'"
+    if model.architecture not in (fitting := ARCHITECTURES[config.objective.name]):
+        yield f"model.architecture = {model.architecture!r}: {name} needs {' or '.join(map(repr, fitting))}"
+    if (config.objective.name == "multi_token") != (model.num_future_tokens > 0):
+        heads = f"model.num_future_tokens = {model.num_future_tokens}"
+        yield f"{heads}: objective.name = 'multi_token' needs at least 1, the others 0, and this is {name}"
     if kind != "labelled" and model.num_labels > 0:
         classifiers = "'sequence_classification' and 'token_classification'"
         yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
@@ -148,6 +165,7 @@ def _model_problems(config: Config) -> Iterator[str]:
             yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
     if model.positions == "sinusoidal" and model.width % 2:
         yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
+    yield from _layer_problems(config)
     tokens = known_vocab_size(config.data)
     if model.vocab_size is not None and tokens is not None and model.vocab_size < tokens:
         advice = "give at least that, or leave it out"
@@ -155,6 +173,47 @@ def _model_problems(config: Config) -> Iterator[str]:
     length, rows = config.data.sequence_length, model.num_positions
     if model.positions == "learned" and rows is not None and rows < length:
         yield f"data.sequence_length = {length} is longer than model.num_positions = {rows}"
+
+
+def _layer_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the patterns of layers."""
+    model, stacks = config.model, [("layers", config.model.layers, config.model.num_layers, config.model.has_decoder)]
+    if model.architecture == "encoder_decoder":
+        key = "layers" if model.encoder_layers is None else "encoder_layers"
+        stacks.append((key, model.encoder_layers or model.layers, model.encoder_depth, False))
+    for key, text, depth, causal in stacks:
+        label = f"model.{key} = {text!r}"
+        try:
+            kinds = parse_layers(text)
+        except ValueError as error:
+            yield f"{label}: {error}"
+            continue
+        unknown = [
+            f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
+            for kind in dict.fromkeys(kinds)
+            for what, name, known in (
+                ("mixer", kind.mixer, get_args(Mixer)),
+                ("pattern", kind.pattern, get_args(Pattern)),
+                ("feed-forward kind", kind.feedforward, get_args(FeedForwardKind)),
+            )
+            if name not in known
+        ]
+        if unknown:
+            yield from unknown
+            continue
+        mixers = {kind.mixer for kind in kinds}
+        if depth > 0 and depth % len(kinds):
+            name = "num_layers" if causal or not model.has_decoder else "num_encoder_layers"
+            yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
+        patterned = sorted({k.mixer for k in kinds if k.pattern != "full" and k.mixer not in HAVE_PATTERNS})
+        if patterned:
+            yield f"{label}: {patterned[0]} has no patterns, only {' and '.join(HAVE_PATTERNS)} have"
+        if one_way := sorted(mixers - set(SEE_BOTH_WAYS)):
+            reason = f"{one_way[0]} sees the past alone; {', '.join(SEE_BOTH_WAYS)} see both ways"
+            if not causal:
+                yield f"{label}, in an encoder: {reason}"
+        if config.objective.name == "prefix_lm" and (others := sorted(mixers - set(HAVE_PATTERNS))):
+            yield f"{label}: {others[0]} cannot see a prefix both ways, as objective.name = 'prefix_lm' needs"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

@@ -80,7 +80,7 @@ def make_gradient(
             gradients = pin(gradients)
         else:
             # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
-            whole = jax.eval_shape(terms_of, params, batch)
+            statistics = jax.eval_shape(lambda *inputs: terms_of(*inputs).statistics, params, batch)
             weights = {name: weight for name, (_, weight) in terms_of(params, batch).losses.items()}
 
             def accumulate(total: Any, this: Any) -> tuple[Any, None]:
@@ -91,7 +91,7 @@ def make_gradient(
 
             # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
             split = {n: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
-            zero = (params, jnp.zeros(()), {name: jnp.zeros(()) for name in weights}, whole.statistics)
+            zero = (params, jnp.zeros(()), {name: jnp.zeros(()) for name in weights}, statistics)
             zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), zero)
             (gradients, loss, means, statistics), _ = jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))
         reported = means | (normalize(statistics)[1] if statistics else {})

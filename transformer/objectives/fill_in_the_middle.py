@@ -1,0 +1,77 @@
+"""Filling in the middle: a causal model learns to write what stands between two texts (Bavarian et al. 2022,
+arXiv:2207.14255).
+
+A document that is taken apart becomes `PREFIX p SUFFIX s MIDDLE m END`, or with the suffix first (the paper's SPM, in its
+second variant) `PREFIX SUFFIX s MIDDLE p m END`. It is cut between tokens; END is the end of a text.
+"""
+
+import numpy as np
+
+from transformer.config import Config
+from transformer.data.tokenizers import Tokenizer
+from transformer.objectives.cross_entropy import token_terms as terms
+from transformer.objectives.terms import Row, token_arrays
+
+__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "restore", "terms", "window_length"]
+
+DATA, COUNTS_TEXT = "text", False
+NUM_MARKS = 3
+"""The marks PREFIX, SUFFIX and MIDDLE are the tokens after the tokenizer's, in this order."""
+NUM_ADDED = NUM_MARKS + 1
+"""Tokens by which a document grows."""
+
+
+def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
+    """Returns the window with `middle_rate` of its documents taken apart, as long as their marks find room in the row."""
+    room = (config.data.sequence_length - len(window["inputs"])) // NUM_ADDED
+    rows: list[Row] = []
+    for segment in np.unique(window["segment_ids"]):
+        chosen = window["segment_ids"] == segment
+        piece = {name: window[name][chosen] for name in ("inputs", "targets", "weights")}
+        # The token after the last belongs to the document unless it is another's first.
+        last = piece["targets"][-1:] if piece["weights"][-1] else piece["targets"][:0]
+        tokens = np.append(piece["inputs"], last)
+        takes_apart, suffix_first = rng.random(2) < (config.objective.middle_rate, config.objective.suffix_first_rate)
+        if takes_apart and room:
+            room -= 1
+            tokens = _take_apart(tokens, tokenizer, bool(suffix_first), rng)
+        # Where the document's last token is not followed by another of its own, it is an input without a target.
+        inputs = tokens[:-1] if len(last) else tokens
+        targets = np.append(tokens[1:], [] if len(last) else piece["targets"][-1:]).astype(np.int32)
+        weights = np.ones(len(inputs), np.float32)
+        weights[len(inputs) - (not len(last)) :] = 0
+        size, number = len(inputs), np.full(len(inputs), len(rows) + 1)
+        named = ("inputs", inputs), ("targets", targets), ("weights", weights), ("segment_ids", number)
+        rows.append(dict(named) | {"positions": np.arange(size)})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _take_apart(tokens: np.ndarray, tokenizer: Tokenizer, suffix_first: bool, rng: np.random.Generator) -> np.ndarray:
+    start, stop = np.sort(rng.integers(0, len(tokens) + 1, 2))
+    prefix, middle, suffix = tokens[:start], tokens[start:stop], tokens[stop:]
+    before, after, between = ([tokenizer.vocab_size + number] for number in range(NUM_MARKS))
+    first, last = ([], [prefix, middle]) if suffix_first else ([prefix], [middle])
+    parts = [before, *first, after, suffix, between, *last, [tokenizer.eos]]
+    return np.concatenate(parts).astype(tokens.dtype)
+
+
+def restore(tokens: np.ndarray, first_mark: int) -> np.ndarray:
+    """Returns a document as it was; one that was not taken apart comes back unchanged."""
+    if not len(tokens) or tokens[0] != first_mark:
+        return tokens
+    after, between = (int(np.flatnonzero(tokens == first_mark + mark)[0]) for mark in (1, 2))
+    return np.concatenate([tokens[1:after], tokens[between + 1 : -1], tokens[after + 1 : between]])
+
+
+def arrays(config: Config) -> dict[str, tuple[int, str]]:
+    return token_arrays(config.data.sequence_length)
+
+
+def window_length(config: Config) -> int:
+    """A sixteenth of the row is left for the marks; a document for which they find no room stays whole."""
+    length = config.data.sequence_length
+    return max(1, length - max(NUM_ADDED, length // 16))
+
+
+def num_extra_tokens(config: Config) -> int:
+    return NUM_MARKS
