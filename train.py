@@ -14,7 +14,7 @@ from transformer.parallel import startup
 
 
 def main(arguments: Sequence[str]) -> int:
-    # The configuration: defaults (transformer/config.py), then the recipe, then the flags. Whatever is wrong with it
+    # The configuration: defaults (transformer/config/), then the recipe, then the flags. Whatever is wrong with it
     # is told here, all at once, before anything is compiled or written.
     options = parse(TrainOptions, arguments, "train.py")
 

@@ -14,6 +14,7 @@ from transformer.config import (
     Config,
     ConfigError,
     DataConfig,
+    LayerKind,
     ModelConfig,
     from_json,
     from_tree,
@@ -24,6 +25,7 @@ from transformer.config import (
     mesh_axes,
     mesh_problems,
     nearest,
+    parse_layers,
     problems_of,
     replace,
     serialization,
@@ -536,3 +538,51 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert list(path.parent.iterdir()) == [path]
     write_atomically(path, b"after")
     assert path.read_text() == "after" and path.stat().st_mode & 0o777 == 0o644
+
+
+# What has a name and is not built yet.
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.cross_attention", "luong"),
+        ("model.attention_implementation", "splash"),
+        ("model.parametrization", "mup"),
+        ("model.layers", "mamba2"),
+        ("model.layers", "attention/experts"),
+        ("model.num_experts", 4),
+        ("optimizer.name", "muon"),
+        ("optimizer.ema_decay", 0.9),
+    ],
+)
+def test_what_is_not_built_is_refused(key: str, value: Any) -> None:
+    found = [problem for problem in problems_of(changed(key, value)) if "not built yet" in problem]
+    assert len(found) == 1 and found[0].startswith(f"{key} = {value!r}")
+
+
+# Patterns of layers.
+
+
+def test_a_pattern_of_layers_is_read() -> None:
+    assert parse_layers("attention") == (LayerKind("attention"),)
+    assert parse_layers("2*attention.window/none + attention") == (
+        *[LayerKind("attention", "window", "none")] * 2,
+        LayerKind("attention"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"layers": "0*attention"}, "'0*attention' is not of the form"),
+        ({"layers": "attention++attention"}, "'' is not of the form"),
+        ({"layers": "atention"}, "'atention' is not a mixer"),
+        ({"layers": "attention.windw"}, "'windw' is not a pattern, which are full, window, dilated, block_sparse (did"),
+        ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, experts, none (did"),
+        ({"layers": "3*attention"}, "is a period of 3 layers, which does not divide model.num_layers = 4"),
+    ],
+)
+def test_a_wrong_pattern_of_layers_is_told(changes: dict[str, Any], expected: str) -> None:
+    (problem,) = problems_of(replace(Config(), model=changes))
+    assert problem.startswith(f"model.layers = {changes['layers']!r}") and expected in problem

@@ -13,7 +13,7 @@ import tyro
 
 from transformer.arguments import Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
-from transformer.config import Config, ConfigError, known_vocab_size, mesh_problems, nearest, replace
+from transformer.config import Config, ConfigError, known_vocab_size, mesh_problems, nearest, replace, source_length
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -278,15 +278,15 @@ def describe_config(config: Config) -> dict[str, Any]:
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=parameters.is_spec):
         name = "/".join(str(key.key) for key in path[:-1]) or str(path[-1].key)
         modules[name] = modules.get(name, 0) + spec.count
-    length = config.data.sequence_length
+    length, source = config.data.sequence_length, source_length(config)
     return {
         "parameters": parameters.num_parameters(model),
         "parameters_by_module": modules,
         "flops_per_token": {
-            "training_attention_in_full": flops.training_flops_per_token(config.model, length),
-            "training_attention_causal_half": flops.training_flops_per_token(config.model, length, causal=True),
+            "training_attention_in_full": flops.training_flops_per_token(config.model, length, source_length=source),
+            "training_attention_causal_half": flops.training_flops_per_token(config.model, length, True, source),
         },
-        "forward_flops_per_sequence": flops.forward_flops(config.model, length),
+        "forward_flops_per_sequence": flops.forward_flops(config.model, length, source),
         "mesh": axes,
         "bytes_per_device": totals,
         "arrays": arrays,

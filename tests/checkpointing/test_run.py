@@ -94,7 +94,7 @@ def test_a_run_keeps_no_decision_of_the_hardware_and_names_files_from_anywhere(
     config = make_run(data={"path": ("corpus.jsonl",)}, train={"num_steps": 1}, model={"scan_layers": None})
     assert loop.run(config, tmp_path / "run") == 0
     kept = load_run(tmp_path / "run").config
-    assert (kept.model.scan_layers, kept.model.attention_implementation) == (None, None)
+    assert (kept.model.scan_layers, kept.model.attention_implementation) == (None, "auto")
     assert kept.data.path == (str(tmp_path / "corpus.jsonl"),)
     monkeypatch.chdir("/")
     assert loop.run(replace(kept, train={"num_steps": 2}), tmp_path / "run") == 0

@@ -97,7 +97,7 @@ def test_blocks_of_queries_give_the_values_and_gradients_of_all_at_once(length, 
 
 def test_blocks_leave_products_out():
     """Of 512 by 512 scores, four blocks of 128 compute 128 by (128 + 256 + 384 + 512): five eighths."""
-    places = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    places: Any = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     mask = Mask(Tokens(places, places), Tokens(places, places))
     inputs = [jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)] * 3 + [mask]
 

@@ -56,16 +56,25 @@ def product_flops(hlo: str) -> int:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"activation": "swiglu", "num_kv_heads": 2, "tied_embeddings": False, "head_width": 24}],
-    ids=["plain", "grouped gated"],
+    [
+        {},
+        {"activation": "swiglu", "num_kv_heads": 2, "tied_embeddings": False, "head_width": 24},
+        {"architecture": "encoder_decoder", "num_encoder_layers": 2},
+        {"architecture": "encoder", "layers": "2*attention/none+attention"},
+    ],
+    ids=["plain", "grouped gated", "encoder-decoder", "encoder"],
 )
 def test_count_is_that_of_the_compiled_program(changes):
     length, rows = 32, 3
     config = ModelConfig(vocab_size=256, num_layers=3, width=64, num_heads=4, positions="rotary", scan_layers=False)
     config = dataclasses.replace(config, **changes)
-    model = Transformer(config)
+    model, source = Transformer(config), 20
     names = ("inputs", "targets", "positions", "segment_ids")
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+
+    reads = ("encoder_inputs", "encoder_positions", "encoder_segment_ids")
+    if config.architecture == "encoder_decoder":
+        batch |= {name: jax.ShapeDtypeStruct((rows, source), jnp.int32) for name in reads}
 
     def loss(params, batch):
         outputs = apply(model, params, batch)
@@ -77,10 +86,10 @@ def test_count_is_that_of_the_compiled_program(changes):
         quick = {"xla_backend_optimization_level": 0}
         return jax.jit(function, compiler_options=quick).lower(params, batch).compile().as_text()
 
-    parts = forward_flops(config, length)
+    parts = forward_flops(config, length, source)
     expected = rows * sum(value for name, value in parts.items() if name != "attention_scores_causal")
     assert product_flops(compiled(loss)) == pytest.approx(expected, rel=0.01)
-    expected = rows * length * training_flops_per_token(config, length)
+    expected = rows * length * training_flops_per_token(config, length, source_length=source)
     assert product_flops(compiled(jax.value_and_grad(loss))) == pytest.approx(expected, rel=0.01)
 
 

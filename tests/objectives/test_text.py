@@ -16,6 +16,8 @@ from transformer.objectives import mixture_of_denoisers as mixture
 from transformer.objectives.examples import ExampleMaker
 from transformer.training.step import make_gradient
 
+# Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
+QUICK = {"xla_backend_optimization_level": 0}
 TOKENIZER = ByteTokenizer()
 TEXT = ("fill_in_the_middle", "masked_lm", "mixture_of_denoisers", "multi_token", "prefix_lm", "span_corruption")
 NEEDS: dict[str, dict[str, Any]] = {
@@ -86,7 +88,9 @@ def test_a_gradient_of_microbatches_is_that_of_the_batch(name):
     network = Transformer(config.model)
     params = init_parameters(network, jax.random.key(0))
     whole, split = (
-        jax.jit(make_gradient(replace(config, train={"num_microbatches": parts}), network))(params, batch, None)
+        jax.jit(make_gradient(replace(config, train={"num_microbatches": parts}), network), compiler_options=QUICK)(
+            params, batch, None
+        )
         for parts in (1, 4)
     )
     assert float(whole[1]["cross_entropy"]) == pytest.approx(np.log(vocab_size), rel=0.2)
@@ -299,7 +303,10 @@ def test_label_smoothing_is_the_cross_entropy_of_a_mixed_distribution():
     rng = np.random.default_rng(11)
     logits = rng.standard_normal((2, 5, 8))
     logits[..., 6:] = MASKED_LOGIT
-    batch = {"targets": jnp.asarray(rng.integers(0, 6, (2, 5))), "weights": jnp.asarray(rng.random((2, 5)) < 0.7, float)}
+    batch = {
+        "targets": jnp.asarray(rng.integers(0, 6, (2, 5))),
+        "weights": jnp.asarray(rng.random((2, 5)) < 0.7, float),
+    }
     outputs = Outputs(jnp.asarray(logits, jnp.float32), lambda hidden: hidden)
     smooth = replace(Config(), objective={"label_smoothing": 0.1}).objective
     losses = token_terms(smooth, outputs, batch).losses

@@ -49,7 +49,7 @@ def test_two_steps_of_adamw(clip_norm, specs, tiny_config):
     params, first, second = (random_tree(specs, seed) for seed in range(3))
     expected = params
     moments = squares = jax.tree.map(np.zeros_like, params)
-    decay = map_specs(lambda spec: 0.3 if spec.role in ("matrix", "embedding") else 0.0, specs)
+    decay = map_specs(lambda spec: 0.3 if spec.role in ("matrix", "embedding", "head") else 0.0, specs)
     for count, gradient in enumerate((first, second), 1):
         gradient = clipped(gradient, clip_norm) if clip_norm else gradient
         moments = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, moments, gradient)
@@ -74,7 +74,7 @@ def test_only_matrices_and_embeddings_decay(specs, tiny_config):
     feedforward = {"decoder/layers/feedforward/up/kernel", "decoder/layers/feedforward/down/kernel"}
     assert names == {"embedding", "positions", "head"} | attention | feedforward
     roles = {spec.role for spec in jax.tree.leaves(specs, is_leaf=is_spec)}
-    assert roles == {"matrix", "embedding", "norm", "bias"}
+    assert roles == {"matrix", "embedding", "head", "norm", "bias"}
 
 
 def test_sgd_with_momentum_and_clipping(specs, tiny_config):

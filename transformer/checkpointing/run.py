@@ -30,7 +30,7 @@ from transformer.config import (
 )
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
-from transformer.models.dot_product import auto_on
+from transformer.models.layers import auto_on
 from transformer.models.parameters import Tree, map_specs, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of

@@ -47,6 +47,7 @@ def problems_of(config: Config) -> list[str]:
     problems = list(_range_problems(config))
     wrong = {key for problem in problems for key in mentioned(problem)}
     across = [
+        *_unbuilt(config),
         *_data_problems(config.data),
         *_example_problems(config),
         *_model_problems(config),
@@ -54,6 +55,33 @@ def problems_of(config: Config) -> list[str]:
     ]
     # What follows from a value that is impossible by itself is no mistake of its own.
     return problems + [problem for problem in across if not mentioned(problem) & wrong]
+
+
+_BUILT: dict[str, tuple[str, ...]] = {
+    "model.cross_attention": ("dot_product",),
+    "model.attention_implementation": ("auto", "auto_cpu", "auto_gpu", "auto_tpu", "reference", "causal_blocks"),
+    "model.parametrization": ("standard",),
+    "optimizer.name": ("adamw", "sgd"),
+}
+_MIXERS, _FEEDFORWARD = ("attention",), ("dense", "none")
+_UNUSED = (
+    "model.kv_latent_width model.query_latent_width model.rotary_head_width model.mixer_form model.chunk_size "
+    "model.state_width model.convolution_width model.num_features model.recurrent_width model.num_experts "
+    "model.experts_per_token model.expert_width model.num_shared_experts model.router model.router_score "
+    "model.expert_capacity model.balance_loss model.router_z_loss model.balance_bias_rate train.batch_warmup_steps "
+    "optimizer.ema_decay optimizer.muon_momentum optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate "
+    "optimizer.vector_rate"
+).split()
+
+
+def _unbuilt(config: Config) -> Iterator[str]:
+    """What has a name and is still being built: refused, so that nothing that is asked for is silently left out."""
+    for key, built in _BUILT.items():
+        if (value := get(config, key)) not in built:
+            yield f"{key} = {value!r} is not built yet; there are {', '.join(built)}"
+    for key in _UNUSED:
+        if (value := get(config, key)) != get(Config(), key):
+            yield f"{key} = {value!r}: what this is for is not built yet, so it stays {get(Config(), key)!r}"
 
 
 def mentioned(problem: str) -> set[str]:
@@ -201,6 +229,10 @@ def _layer_problems(config: Config) -> Iterator[str]:
         if unknown:
             yield from unknown
             continue
+        for kind in dict.fromkeys(kinds):
+            if kind.mixer not in _MIXERS or kind.feedforward not in _FEEDFORWARD:
+                name = kind.mixer if kind.mixer not in _MIXERS else kind.feedforward
+                yield f"{label}: {name!r} is not built yet; there are {', '.join((*_MIXERS, *_FEEDFORWARD))}"
         mixers = {kind.mixer for kind in kinds}
         if depth > 0 and depth % len(kinds):
             name = "num_layers" if causal or not model.has_decoder else "num_encoder_layers"

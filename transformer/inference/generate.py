@@ -89,8 +89,13 @@ def generate(
     What a row draws depends on the seed, its number and its prompt, not on the other rows. `on_text(row, piece)` is
     called with each piece of text as soon as it is whole characters. `params` may lie on one device or on a mesh.
     `sample_logits` says what temperature, `top_k` and `top_p` do. Raises ConfigError where positions are learned and
-    run out.
+    run out, and for models that do not continue texts.
     """
+    if not can_generate(model):
+        architecture = f"model.architecture = {model.config.architecture!r}"
+        raise ConfigError(
+            f"{architecture}, model.num_labels = {model.config.num_labels}: only a decoder continues texts"
+        )
     encoded = [np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
     longest = max(map(len, encoded))
     room = max_new_tokens(model, longest)
@@ -136,6 +141,11 @@ def generate(
         Generation(prompt, "".join(text.pieces), tuple(text.tokens[len(ids) :]), text.ended)
         for prompt, ids, text in zip(prompts, encoded, texts, strict=True)
     ]
+
+
+def can_generate(model: Transformer) -> bool:
+    """Returns whether a model continues texts: a decoder with a head over the vocabulary."""
+    return model.encoder is None and model.classifier is None
 
 
 def max_new_tokens(model: Transformer, num_prompt_tokens: int) -> int | None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.models.layers import auto_on
 from transformer.models.masks import Mask
 from transformer.models.positions import Bias
 
@@ -113,11 +114,6 @@ def attention_named(name: str) -> Attend:
     """Returns an implementation of attention."""
     found = ATTENTION[name]
     return importlib.import_module(found).attend if isinstance(found, str) else found
-
-
-def auto_on(platform: str) -> str:
-    """Returns the `auto` of a platform by the name that JAX has for it."""
-    return f"auto_{platform}" if platform in ("cpu", "tpu") else "auto_gpu"
 
 
 def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:

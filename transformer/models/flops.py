@@ -4,7 +4,7 @@ A product of [m, k] and [k, n] counts 2 m k n. Norms, softmax and other elementw
 usual definition of model FLOPs (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
-from transformer.config import ModelConfig
+from transformer.config import LayerKind, ModelConfig
 
 PEAK_FLOPS = {
     # Dense bfloat16 FLOP/s by `device_kind`, from the vendors' data sheets and the Cloud TPU documentation.
@@ -22,30 +22,50 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: ModelConfig, length: int) -> dict[str, int]:
+def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> dict[str, int]:
     """Returns the FLOPs of one sequence's forward pass by part, each part over all layers.
 
     Attention's products appear twice: `attention_scores` as if every pair of positions were computed, and
-    `attention_scores_causal` for the half (with the diagonal) that a causal mask leaves. Padding columns of the
-    vocabulary are not counted.
+    `attention_scores_causal` for the half (with the diagonal) that a causal mask leaves; an encoder has them in full in both.
+    Pairs that a sparse pattern leaves out are counted. Padding columns of the vocabulary are not. An encoder-decoder
+    reads `source_length` tokens for the `length` that it writes.
     """
     assert config.vocab_size is not None
-    width, head = config.width, config.head_dim
-    queries, keys = config.num_heads * head, config.kv_heads * head
-    projections = 2 * length * width * (queries + 2 * keys + queries)
-    feedforward = 2 * length * width * config.ff_width * (3 if config.gated else 2)
-    return {
-        "attention_projections": config.num_layers * projections,
-        "attention_scores": config.num_layers * 4 * length * length * queries,
-        "attention_scores_causal": config.num_layers * 2 * length * (length + 1) * queries,
-        "feedforward": config.num_layers * feedforward,
-        "logits": 2 * length * width * config.vocab_size,
-    }
+    queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    names = ("attention_projections", "attention_scores", "attention_scores_causal", "feedforward")
+    parts: dict[str, int] = {name: 0 for name in names}
+
+    def stack(kinds: tuple[LayerKind, ...], layers: int, tokens: int, causal: bool) -> None:
+        dense = sum(kind.feedforward == "dense" for kind in kinds) * layers // len(kinds)
+        parts["attention_projections"] += layers * 2 * tokens * config.width * (queries + 2 * keys + queries)
+        parts["attention_scores"] += layers * 4 * tokens * tokens * queries
+        parts["attention_scores_causal"] += layers * (2 * tokens * (tokens + 1) if causal else 4 * tokens**2) * queries
+        parts["feedforward"] += dense * 2 * tokens * config.width * config.ff_width * (3 if config.gated else 2)
+
+    if config.has_decoder:
+        stack(config.kinds, config.num_layers, length, True)
+    if config.has_encoder:
+        both = config.has_decoder
+        depth, tokens = (config.encoder_depth, source_length) if both else (config.num_layers, length)
+        stack(config.encoder_kinds, depth, tokens, False)
+        if both:
+            projections = 2 * config.width * (2 * length * queries + 2 * source_length * keys)
+            parts["cross_attention_projections"] = config.num_layers * projections
+            parts["cross_attention_scores"] = config.num_layers * 4 * length * source_length * queries
+    heads = config.num_future_tokens
+    if heads:
+        # Each further token: a joining map, a block and the logits.
+        stack(config.kinds[-1:], heads, length, True)
+        parts["future_joins"] = heads * 2 * length * 2 * config.width * config.width
+    outputs = config.num_labels or config.vocab_size
+    parts["logits"] = (1 + heads) * 2 * length * config.width * outputs
+    return parts
 
 
-def training_flops_per_token(config: ModelConfig, length: int, causal: bool = False) -> float:
-    """Returns forward and backward FLOPs a token: three times the forward pass, attention full or causal."""
-    parts = forward_flops(config, length)
+def training_flops_per_token(config: ModelConfig, length: int, causal: bool = False, source_length: int = 0) -> float:
+    """Returns forward and backward FLOPs a token (of the target in an encoder-decoder): three times the forward pass, with
+    attention in full or its causal half."""
+    parts = forward_flops(config, length, source_length)
     parts.pop("attention_scores" if causal else "attention_scores_causal")
     return 3 * sum(parts.values()) / length
 

@@ -43,6 +43,11 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+def auto_on(platform: str) -> str:
+    """Returns the `auto` of `model.attention_implementation` for a platform by the name that JAX has for it."""
+    return f"auto_{platform}" if platform in ("cpu", "tpu") else "auto_gpu"
+
+
 def as_rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Returns `x` as one matrix with a token a row, on a single device.
 

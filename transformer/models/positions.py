@@ -48,7 +48,7 @@ def rotary_frequencies(config: ModelConfig, head_width: int) -> tuple[Float[np.n
             """The plane that turns so often within the original length."""
             return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
 
-        low, high = max(math.floor(plane(32)), 0), min(math.ceil(plane(1)), width - 1)
+        low, high = max(math.floor(plane(32.0)), 0), min(math.ceil(plane(1.0)), width - 1)
         ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
         attention_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         return frequencies * (1 - ramp) + frequencies / factor * ramp, attention_factor

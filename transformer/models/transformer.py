@@ -4,9 +4,11 @@ Vaswani et al. 2017 (arXiv:1706.03762); Radford et al. 2019; Devlin et al. 2019 
 """
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,6 @@ from transformer.config import ModelConfig
 from transformer.models.blocks import Stack, fold_in
 from transformer.models.cache import Cache, CacheSpec, zeros
 from transformer.models.feedforward import Auxiliary
-from transformer.models.future import FutureTokens
 from transformer.models.layers import Linear, as_rows, dropout, materialize
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
@@ -68,7 +69,7 @@ class Transformer(nnx.Module):
         self.head = parameter(rows, ("vocab", "embed"), init, "head", padding) if has_head else None
         labels = ((config.width, config.num_labels), ("embed", "labels"), config.initial_scale, "head", True)
         self.classifier = Linear(config, *labels) if config.num_labels else None
-        self.future = FutureTokens(config) if config.num_future_tokens else None
+        self.future = make_future(config) if config.num_future_tokens else None
 
     def __call__(
         self, batch: Mapping[str, Array], key: PRNGKeyArray | None = None, cache: Cache | None = None
@@ -207,6 +208,11 @@ class Transformer(nnx.Module):
         specs = places(length) | {"index": CacheSpec((), (), jnp.int32)}
         specs["layers"] = self.decoder.cache_specs(batch_size, length, source_length)
         return specs | ({"memory": places(source_length)} if self.encoder is not None else {})
+
+
+def make_future(config: ModelConfig) -> Any:
+    """Returns the heads for tokens beyond the next; their module is loaded only by models that have them."""
+    return importlib.import_module("transformer.models.future").FutureTokens(config)
 
 
 def empty_cache(model: Transformer, batch_size: int, length: int, source_length: int = 0) -> Cache:

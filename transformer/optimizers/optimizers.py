@@ -10,7 +10,7 @@ from transformer.models.parameters import Tree, map_specs
 
 def _adamw(config: OptimizerConfig, specs: Tree) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    decayed = map_specs(lambda spec: spec.role in ("matrix", "embedding"), specs)
+    decayed = map_specs(lambda spec: spec.role in ("matrix", "embedding", "head"), specs)
     return optax.chain(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, decayed),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
 
 from transformer.config import Config, OptimizerConfig, warmup_steps
@@ -26,10 +27,17 @@ def _constant(config: OptimizerConfig, steps: int, total: int) -> optax.Schedule
     return optax.constant_schedule(config.learning_rate)
 
 
+def _inverse_sqrt(config: OptimizerConfig, steps: int, total: int) -> optax.Schedule:
+    """Falls with the root of the step (Vaswani et al. 2017, section 5.3)."""
+    warmup = total - steps
+    return lambda count: config.learning_rate * jnp.sqrt(warmup / (warmup + count))
+
+
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int, int], optax.Schedule]] = {
     "cosine": _cosine,
     "linear": _linear,
     "wsd": _wsd,
+    "inverse_sqrt": _inverse_sqrt,
     "constant": _constant,
 }
 

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.run import CHECKPOINTS, for_platform, locked, open_run, resolve
-from transformer.config import Config, validate
+from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
-from transformer.inference.generate import generate, max_new_tokens
+from transformer.inference.generate import can_generate, generate, max_new_tokens
 from transformer.models.flops import peak_flops, training_flops_per_token
 from transformer.models.parameters import num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
@@ -102,7 +102,9 @@ class Loop:
         self.vote = Vote(mesh, signals)
         self.num_traces = 0
         # Model FLOPs, attention in full as is usual in published MFU, over the peak of the devices where it is known.
-        self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+        self.flops_per_token = training_flops_per_token(
+            config.model, config.data.sequence_length, source_length=source_length(config)
+        )
         self.peak_flops = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
 
     def train(self, state: TrainState, train_step: Any, shardings: TrainState) -> int:
@@ -247,6 +249,8 @@ class Loop:
         return result["loss"], 0
 
     def _sample(self, step: int, state: TrainState) -> None:
+        if not can_generate(self.model):
+            return
         prompt, tokenizer = self.config.evaluation.sample_prompt, self.prepared.tokenizer
         length = self.config.evaluation.sample_tokens
         room = max_new_tokens(self.model, len(tokenizer.encode(prompt)) + 1)
