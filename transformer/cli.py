@@ -243,6 +243,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     from transformer.config import mesh_axes
     from transformer.models import flops, parameters
     from transformer.models.transformer import Transformer
+    from transformer.objectives import objective_of
     from transformer.optimizers import make_optimizer
     from transformer.training.state import abstract_state, state_shardings
 
@@ -253,7 +254,9 @@ def describe_config(config: Config) -> dict[str, Any]:
     if problems := mesh_problems(config, num_devices):
         raise ConfigError(problems)
     axes = mesh_axes(config, num_devices)
-    vocab_size = config.model.vocab_size or known_vocab_size(config.data)
+    vocab_size = known_vocab_size(config.data)
+    if vocab_size is None and config.model.vocab_size is not None:
+        vocab_size = config.model.vocab_size - objective_of(config).num_extra_tokens(config)
     if vocab_size is None:
         tokenizer = f"data.tokenizer = {config.data.tokenizer!r}"
         raise ConfigError(f"model.vocab_size is needed: with {tokenizer} only the data tells it")
