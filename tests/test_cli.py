@@ -125,7 +125,7 @@ def test_five_mistakes_give_five_messages(
         [
             f"{widht} (did you mean model.width?)",
             "train.batch_size = 'many': must be a whole number",
-            "model.activation = 'gellu': must be one of gelu, relu, swiglu, geglu (did you mean gelu?)",
+            "model.activation = 'gellu': must be one of gelu, gelu_exact, relu, relu_squared, silu, swiglu, geglu, reglu (did you mean gelu?)",
             "optimizer.beta2 = 1.5: must be a share, at least 0 and below 1",
             "model.width = 256 is not divisible by model.num_heads = 3: change one, or set model.head_width",
         ]
@@ -149,8 +149,8 @@ def test_five_mistakes_give_five_messages(
         (["describe", "--config", "."], "'.' is not a run directory: it has no config.json"),
         (
             ["describe", "--config", "nowhere"],
-            "--config = 'nowhere': no such recipe or file; recipes are gpt2_124m, shakespeare_char, "
-            "shakespeare_char_20min, shakespeare_char_cpu, stdlib",
+            "--config = 'nowhere': no such recipe or file; recipes are aiayn_base, aiayn_big, gpt2_124m, "
+            "multi30k_transformer, shakespeare_char, shakespeare_char_20min, shakespeare_char_cpu, stdlib",
         ),
         (["describe", "--jsn"], "--jsn is not an option (did you mean json?)"),
         (["describe", "--json", "x"], "--json takes no value, so 'x' belongs to no option"),
@@ -430,8 +430,9 @@ def test_gpt2_trains_on_every_split_of_eight(command: Command, tmp_path: Path) -
 
 def meanings() -> Iterator[tuple[str, str]]:
     """Yields every key and the docstring of its field."""
-    tree = ast.parse(Path(configuration.__file__).read_text())
-    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    files = Path(configuration.__file__).parent.glob("*.py")
+    statements = [node for file in files for node in ast.parse(file.read_text()).body]
+    classes = {node.name: node.body for node in statements if isinstance(node, ast.ClassDef)}
 
     def walk(name: str, prefix: str) -> Iterator[tuple[str, str]]:
         for statement, following in zip(classes[name], [*classes[name][1:], None], strict=True):

@@ -540,27 +540,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert path.read_text() == "after" and path.stat().st_mode & 0o777 == 0o644
 
 
-# What has a name and is not built yet.
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model.cross_attention", "luong"),
-        ("model.attention_implementation", "splash"),
-        ("model.parametrization", "mup"),
-        ("model.layers", "mamba2"),
-        ("model.layers", "attention/experts"),
-        ("model.num_experts", 4),
-        ("optimizer.name", "muon"),
-        ("optimizer.ema_decay", 0.9),
-    ],
-)
-def test_what_is_not_built_is_refused(key: str, value: Any) -> None:
-    found = [problem for problem in problems_of(changed(key, value)) if "not built yet" in problem]
-    assert len(found) == 1 and found[0].startswith(f"{key} = {value!r}")
-
-
 # Patterns of layers.
 
 
@@ -579,7 +558,7 @@ def test_a_pattern_of_layers_is_read() -> None:
         ({"layers": "attention++attention"}, "'' is not of the form"),
         ({"layers": "atention"}, "'atention' is not a mixer"),
         ({"layers": "attention.windw"}, "'windw' is not a pattern, which are full, window, dilated, block_sparse (did"),
-        ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, experts, none (did"),
+        ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, none (did"),
         ({"layers": "3*attention"}, "is a period of 3 layers, which does not divide model.num_layers = 4"),
     ],
 )

@@ -109,7 +109,7 @@ def evaluate(options: EvaluateOptions) -> int:
     import jax
 
     from transformer.data.prepared import prepare_apart
-    from transformer.objectives import objective_of, with_window
+    from transformer.objectives import objective_of, with_examples, with_window
     from transformer.training.evaluation import Evaluator
 
     if options.baseline and not objective_of(config).COUNTS_TEXT:
@@ -119,6 +119,7 @@ def evaluate(options: EvaluateOptions) -> int:
     prepared = prepare_apart(with_window(config), show_progress=not options.as_json)
     if prepared.fingerprint != run.data_fingerprint:
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
+    prepared = with_examples(prepared, objective_of(config), config)
     with jax.set_mesh(mesh):
         model, params, step = run.load_parameters(mesh, options.step, options.best)
         result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}

@@ -14,7 +14,15 @@ from transformer.models.transformer import Transformer, apply, empty_cache
 
 QUICK = {"xla_backend_optimization_level": 0}
 LENGTH = 14
-BASE = ModelConfig(vocab_size=32, num_layers=2, width=16, num_heads=4, initial_scale=0.3, scan_layers=False)
+BASE = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    width=16,
+    num_heads=4,
+    initial_scale=0.3,
+    scan_layers=False,
+    attention_implementation="reference",
+)
 DECODERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scanned, grouped": {"scan_layers": True, "num_kv_heads": 2},
@@ -41,7 +49,6 @@ DECODERS: dict[str, dict[str, Any]] = {
     "no MLP": {"layers": "attention/none"},
     "soft caps": {"attention_soft_cap": 2.0, "logit_soft_cap": 3.0},
     "scales": {"residual_scale": 0.5, "embedding_scale": 3.0, "attention_scale": 0.3},
-    "muP": {"parametrization": "mup", "base_width": 4},
     "encoder-decoder": {"architecture": "encoder_decoder", "num_encoder_layers": 1},
     "encoder-decoder, relative, scanned": {
         "architecture": "encoder_decoder",

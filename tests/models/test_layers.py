@@ -1,4 +1,4 @@
-"""Norms, linear maps, dropout and positions against their formulas in double precision."""
+"""Norms, linear maps and dropout against their formulas in double precision."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from transformer.models.layers import (
     materialize,
 )
 from transformer.models.parameters import bind, parameter_specs
-from transformer.models.positions import rotary_angles, rotate, sinusoidal_positions
 
 RNG = np.random.default_rng(0)
 
@@ -81,41 +80,6 @@ def test_dropout_keeps_the_mean(dtype):
     values = np.asarray(dropped, np.float64)
     assert np.mean(values == 0) == pytest.approx(0.25, abs=0.006)  # five standard deviations
     np.testing.assert_allclose(values[values != 0], 1 / 0.75, rtol=1e-6 if dtype == jnp.float32 else 2**-8)
-
-
-def test_sinusoidal_positions_are_those_of_the_paper():
-    positions = np.array([[0, 1, 2, 511], [7, 0, 100, 3]])
-    actual = sinusoidal_positions(jnp.asarray(positions, jnp.int32), 24)
-    # The paper interleaves sines (even) and cosines (odd); here they stand side by side.
-    exact = np.zeros((2, 4, 24))
-    for i in range(12):
-        exact[..., i] = np.sin(positions / 10_000 ** (2 * i / 24))
-        exact[..., 12 + i] = np.cos(positions / 10_000 ** (2 * i / 24))
-    np.testing.assert_allclose(actual, exact, atol=1e-4)
-
-
-def turned(x, position, base=10_000.0):
-    positions = jnp.full(x.shape[:2], position, jnp.int32)
-    angles = rotary_angles(positions, config(rotary_base=base), x.shape[-1])
-    return np.asarray(rotate(jnp.asarray(x, jnp.float32), angles), np.float64)
-
-
-def test_rotation_is_a_product_with_complex_numbers():
-    x = RNG.standard_normal((1, 1, 2, 8))
-    frequencies = 500.0 ** (-np.arange(4) / 4)
-    product = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * 13 * frequencies)
-    expected = np.concatenate([product.real, product.imag], axis=-1)
-    np.testing.assert_allclose(turned(x, 13, 500.0), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rotated_products_depend_on_the_distance_alone():
-    query, key = RNG.standard_normal((2, 1, 1, 3, 8))
-    products = [np.sum(turned(query, m) * turned(key, n), -1) for m, n in [(5, 2), (3, 0), (103, 100)]]
-    for product in products[1:]:
-        np.testing.assert_allclose(product, products[0], rtol=1e-4, atol=1e-4)
-    assert not np.allclose(products[0], np.sum(turned(query, 2) * turned(key, 5), -1), atol=0.01)
-    np.testing.assert_allclose(turned(query, 0), query, rtol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(turned(query, 77), axis=-1), np.linalg.norm(query, axis=-1), rtol=1e-5)
 
 
 def test_materialize_is_the_identity_in_both_directions():

@@ -27,7 +27,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 @pytest.fixture
 def model_config(tiny_config) -> ModelConfig:
-    return tiny_config().model
+    return tiny_config(model={"attention_implementation": "reference"}).model
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 
 from transformer.config import ObjectiveConfig
 from transformer.models.transformer import MASKED_LOGIT, Outputs
-from transformer.objectives import causal, normalize
+from transformer.objectives import normalize
+from transformer.objectives.causal import Causal
 from transformer.objectives.cross_entropy import softmax_cross_entropy
 
 RNG = np.random.default_rng(0)
@@ -21,7 +22,7 @@ def terms(logits, z_loss=0.0, targets=TARGETS, weights=WEIGHTS, auxiliary=None):
     hidden = jnp.asarray(logits, jnp.float32)
     outputs = Outputs(hidden, lambda hidden: hidden, auxiliary or {})
     batch = {"targets": jnp.asarray(targets), "weights": jnp.asarray(weights)}
-    return causal.terms(ObjectiveConfig(z_loss=z_loss), outputs, batch)
+    return Causal().terms(ObjectiveConfig(z_loss=z_loss), outputs, batch)
 
 
 def reference():

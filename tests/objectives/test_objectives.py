@@ -1,24 +1,26 @@
 """What holds for every objective, and what is said when its data does not fit it."""
 
-import importlib
-import importlib.util
+import typing
 from typing import Any
 
 import pytest
 
-from transformer.config import OBJECTIVE_DATA, Config, data_kind, problems_of, replace
-from transformer.objectives import OBJECTIVES
+from transformer.config import OBJECTIVE_DATA, Config, data_kind, problems_of, replace, type_of
+from transformer.config.validation import ARCHITECTURES
+from transformer.objectives import OBJECTIVES, objective_of
 
 PAIRS = {"source_path": ("a",), "target_path": ("b",)}
 SEQ2SEQ = {"objective": {"name": "seq2seq"}, "model": {"architecture": "encoder_decoder"}}
 LABELS = {"objective": {"name": "sequence_classification"}, "data": {"path": ("a.jsonl",)}}
 
 
-@pytest.mark.parametrize("name", [name for name, module in OBJECTIVES.items() if importlib.util.find_spec(module)])
-def test_the_configuration_knows_what_each_learns_from(name: str) -> None:
-    objective = importlib.import_module(OBJECTIVES[name])
-    assert data_kind(replace(Config(), objective={"name": name})) == objective.DATA
-    assert (name in OBJECTIVE_DATA) == (objective.DATA != "text")
+def test_the_configuration_and_the_table_name_the_same_objectives() -> None:
+    assert set(OBJECTIVES) == set(typing.get_args(type_of("objective.name"))) == set(ARCHITECTURES)
+    kinds = {name: data_kind(replace(Config(), objective={"name": name})) for name in OBJECTIVES}
+    assert {name for name, kind in kinds.items() if kind != "text"} == set(OBJECTIVE_DATA)
+    for name in OBJECTIVES:
+        found = objective_of(replace(Config(), objective={"name": name}))
+        assert type(found).__module__ == f"transformer.objectives.{name}"
 
 
 @pytest.mark.parametrize(

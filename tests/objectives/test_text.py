@@ -11,9 +11,9 @@ from transformer.config import Config, ConfigError, problems_of, replace
 from transformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import Transformer
-from transformer.objectives import OBJECTIVES, fill_in_the_middle, masked_lm, objective_of, span_corruption
+from transformer.objectives import OBJECTIVES, fill_in_the_middle, objective_of, span_corruption
 from transformer.objectives import mixture_of_denoisers as mixture
-from transformer.objectives.examples import ExampleMaker
+from transformer.objectives.objective import ExampleMaker
 from transformer.training.step import make_gradient
 
 # Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
@@ -106,7 +106,7 @@ def test_a_gradient_of_microbatches_is_that_of_the_batch(name):
 def test_span_corruption_has_the_numbers_of_t5():
     """568 tokens, 15% in spans of 3 on average: 512 to read and 114 to write."""
     config = replace(config_of("span_corruption", 114), data={"source_length": 512})
-    assert span_corruption.window_length(config) == 568
+    assert objective_of(config).window_length(config) == 568
     row = made(config, window_of(568, np.random.default_rng(0)))
     assert (len(row["encoder_inputs"]), len(row["targets"])) == (512, 114)
     assert row["encoder_inputs"][-1] == row["targets"][-1] == TOKENIZER.eos
@@ -114,7 +114,7 @@ def test_span_corruption_has_the_numbers_of_t5():
     assert np.sum(row["targets"] >= TOKENIZER.vocab_size) == 28
     # A target that has less room makes the window shorter.
     shorter = replace(config, data={"sequence_length": 60})
-    row = made(shorter, window_of(span_corruption.window_length(shorter), np.random.default_rng(0)))
+    row = made(shorter, window_of(objective_of(config).window_length(shorter), np.random.default_rng(0)))
     assert 57 <= len(row["targets"]) <= 60
 
 
@@ -145,12 +145,12 @@ def test_lengths_of_spans_are_spread_as_every_cut_is_as_likely():
 def test_lengths_too_short_to_remove_anything_are_refused():
     config = replace(config_of("span_corruption", 2), data={"source_length": 3})
     with pytest.raises(ConfigError, match=r"data.source_length = 3 and data.sequence_length = 2 are too short"):
-        span_corruption.window_length(config)
+        objective_of(config).window_length(config)
 
 
 def test_a_mixture_of_denoisers_draws_them_all_alike_and_says_which():
     config = config_of("mixture_of_denoisers", 128)
-    length, rng = mixture.window_length(config), np.random.default_rng(4)
+    length, rng = objective_of(config).window_length(config), np.random.default_rng(4)
     first_mark, modes, shares = 260 + 3, [], {mode: [] for mode in range(3)}
     for seed in range(700):
         window = window_of(length, rng)
@@ -202,7 +202,7 @@ def test_whole_words_are_chosen_whole():
         ids = tokenizer.encode(text)
         window = {"inputs": ids, "targets": ids, "positions": np.arange(len(ids))}
         window |= {"segment_ids": np.ones(len(ids), int), "weights": np.ones(len(ids))}
-        chosen = masked_lm.example(config, tokenizer, window, np.random.default_rng(seed))["weights"]
+        chosen = objective_of(config).example(config, tokenizer, window, np.random.default_rng(seed))["weights"]
         place = 0
         for word in text.split(" "):
             own = chosen[place : place + len(word)]
@@ -218,7 +218,7 @@ def test_whole_words_are_chosen_whole():
 @pytest.mark.parametrize("suffix_first", [0.0, 1.0, 0.5])
 def test_filling_in_the_middle_restores_every_document(suffix_first):
     config = config_of("fill_in_the_middle", 128, middle_rate=0.7, suffix_first_rate=suffix_first)
-    length, rng = fill_in_the_middle.window_length(config), np.random.default_rng(7)
+    length, rng = objective_of(config).window_length(config), np.random.default_rng(7)
     assert length == 120
     taken_apart = total = 0
     for seed in range(200):

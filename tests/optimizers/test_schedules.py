@@ -25,7 +25,8 @@ def test_first_peak_and_last(name, warmup):
     rise = max(1, warmup)
     assert found[:rise] == pytest.approx([0.5 * (step + 1) / rise for step in range(rise)])
     assert max(found) == pytest.approx(0.5)
-    assert found[-1] == pytest.approx(0.5 if name == "constant" else 0.05)
+    last = {"constant": 0.5, "inverse_sqrt": 0.5 * math.sqrt(rise / 11)}
+    assert found[-1] == pytest.approx(last.get(name, 0.05))
     assert all(after <= before for before, after in zip(found[rise - 1 :], found[rise:], strict=False))
 
 
@@ -44,6 +45,13 @@ def test_wsd_is_constant_and_then_falls_over_its_share():
     found = rates(schedule="wsd", warmup_steps=2, decay_share=0.4, num_steps=10)
     assert found == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.5, 0.5, 0.3875, 0.275, 0.1625, 0.05])
     assert rates(schedule="wsd", decay_share=0.0) == pytest.approx([0.5] * 11)
+
+
+def test_inverse_root_is_the_papers():
+    """Proportional to min(step^-0.5, step * warmup^-1.5), as in section 5.3 of Vaswani et al. 2017."""
+    found = rates(schedule="inverse_sqrt", warmup_steps=4)
+    expected = np.array([min(step**-0.5, step * 4**-1.5) for step in range(1, 12)])
+    assert found == pytest.approx(0.5 * expected / expected.max())
 
 
 def test_constant():

@@ -30,7 +30,6 @@ from transformer.config import (
 )
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
-from transformer.models.layers import auto_on
 from transformer.models.parameters import Tree, map_specs, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of
@@ -40,7 +39,6 @@ CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenize
 
 MAY_CHANGE = (
     *(f"model.{name}" for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "dropout")),
-    *("model.mixer_form", "model.chunk_size", "model.balance_loss", "model.router_z_loss", "model.balance_bias_rate"),
     *("objective.z_loss", "objective.label_smoothing", "objective.future_weight"),
 )
 """Keys of `model` and `objective` that change neither the parameters nor what they mean, nor the examples."""
@@ -50,7 +48,7 @@ FIXED = (
     *("data.sequence_length", "data.source_length", "data.window_length"),
     *("data.shuffle", "data.shift_windows", "data.weights"),
     *(key for key in keys() if key.startswith("objective.") and key not in MAY_CHANGE),
-    *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay"),
+    *("optimizer.name", "optimizer.momentum"),
     *("train.batch_size", "seed"),
 )
 """Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""
@@ -181,8 +179,5 @@ def resolve(config: Config, vocab_size: int, num_labels: int = 0) -> Config:
 
 def for_platform(model: ModelConfig, platform: str) -> ModelConfig:
     """Returns `model` with what it leaves to the hardware decided; a run directory does not keep these decisions."""
-    attention = model.attention_implementation
-    if attention == "auto":
-        attention = auto_on(platform)
     scan = platform != "cpu" if model.scan_layers is None else model.scan_layers
-    return dataclasses.replace(model, attention_implementation=attention, scan_layers=scan)
+    return dataclasses.replace(model, scan_layers=scan)

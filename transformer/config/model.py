@@ -8,36 +8,15 @@ from typing import Literal
 VOCAB_ROW_MULTIPLE = 128
 """Rows of the embedding table are padded in memory to a multiple of this, so that every vocabulary splits."""
 
-Mixer = Literal[
-    "attention",
-    "latent_attention",
-    "linear_attention",
-    "performer",
-    "retention",
-    "gated_linear_attention",
-    "gated_delta_net",
-    "mamba2",
-    "lstm",
-    "gru",
-    "min_gru",
-]
+Mixer = Literal["attention"]
 """What lets tokens exchange information: `transformer.models.mixers` has the table."""
 
 Pattern = Literal["full", "window", "dilated", "block_sparse"]
 """Which of the keys that causality and segments allow a query of an attention layer sees."""
 
-FeedForwardKind = Literal["dense", "experts", "none"]
+FeedForwardKind = Literal["dense", "none"]
 
 Activation = Literal["gelu", "gelu_exact", "relu", "relu_squared", "silu", "swiglu", "geglu", "reglu"]
-
-RECURRENT: tuple[Mixer, ...] = ("lstm", "gru", "min_gru")
-"""Mixers that are recurrent networks."""
-
-HAVE_PATTERNS: tuple[Mixer, ...] = ("attention", "latent_attention")
-"""Mixers that are attention, and may see a part of the keys."""
-
-SEE_BOTH_WAYS: tuple[Mixer, ...] = (*HAVE_PATTERNS, "linear_attention", "performer", *RECURRENT)
-"""Mixers that an encoder can have."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +29,7 @@ class LayerKind:
 
 
 def parse_layers(text: str) -> tuple[LayerKind, ...]:
-    """Returns the kinds of one period of a layer pattern such as `3*gated_delta_net+attention.window/experts`.
+    """Returns the kinds of one period of a layer pattern such as `3*attention.window+attention/none`.
 
     Kinds are joined by `+` and may be repeated, `3*`; each is a mixer, then what its attention sees after a dot, then
     the feed-forward kind after a slash. Raises ValueError for anything else; names are checked by `validation`.
@@ -67,7 +46,7 @@ def parse_layers(text: str) -> tuple[LayerKind, ...]:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A network: a Transformer, a recurrent network, or a mixture of both."""
+    """A Transformer."""
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """A decoder sees the past, an encoder everything; an encoder-decoder reads one text and writes another."""
@@ -94,13 +73,11 @@ class ModelConfig:
     head_width: int | None = None
     """Width of a head (H); None: width / num_heads."""
     attention_scale: float | None = None
-    """Factor of the products of queries and keys; None: 1 / sqrt(H), or 1 / H under muP."""
+    """Factor of the products of queries and keys; None: 1 / sqrt(H)."""
     attention_soft_cap: float = 0.0
     """Attention's logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
     qk_norm: bool = False
     """Normalise queries and keys, head by head, before their product."""
-    cross_attention: Literal["dot_product", "bahdanau", "luong"] = "dot_product"
-    """How a decoder reads its encoder: heads, an additive score inside the recurrence, or a score of its output."""
     window: int = 128
     """Tokens that a layer of pattern `window` sees, itself included; those that one of `dilated` sees."""
     num_sinks: int = 0
@@ -115,65 +92,14 @@ class ModelConfig:
     """Blocks that a block sees around itself, itself included; of a causal model the half before (`block_sparse`)."""
     num_random_blocks: int = 2
     """Blocks that a block sees besides, drawn at random once and for all (`block_sparse`)."""
-    kv_latent_width: int = 128
-    """Width from which keys and values are made (`latent_attention`); the cache holds this alone."""
-    query_latent_width: int | None = None
-    """The same for queries (`latent_attention`); None: queries are made from the residual stream."""
-    rotary_head_width: int = 32
-    """Part of a head, besides head_width, that carries rotary positions (`latent_attention`)."""
-    attention_implementation: Literal[
-        "auto",
-        "auto_cpu",
-        "auto_gpu",
-        "auto_tpu",
-        "reference",
-        "causal_blocks",
-        "blockwise",
-        "cudnn",
-        "splash",
-        "tokamax",
-    ] = "auto"
-    """How attention is computed; `auto`: the fastest here (or on the platform named) that computes it exactly."""
-
-    # Mixers other than attention.
-    mixer_form: Literal["chunkwise", "parallel", "recurrent"] = "chunkwise"
-    """Form in which linear mixers are trained; the three give the same numbers."""
-    chunk_size: int = 64
-    """Tokens that the chunkwise form handles at a time."""
-    state_width: int | None = None
-    """Key width of a head of a linear mixer, and so the size of its state; None: head_width."""
-    convolution_width: int = 4
-    """Tokens that the short convolution of `mamba2` and `gated_delta_net` sees."""
-    num_features: int = 64
-    """Random features of a head of `performer`."""
-    recurrent_width: int | None = None
-    """Width of the state of recurrent layers; None: width."""
+    attention_implementation: Literal["auto", "reference", "causal_blocks"] = "auto"
+    """All pairs at once, or without the half above the diagonal in blocks, as suits a CPU; `auto`: by platform and mask."""
 
     # Feed-forward.
     feedforward_width: int | None = None
     """Width of the hidden layer of the MLP (F); None: 4 * width, or 8/3 of it for gated activations, up to a 64th."""
     activation: Activation = "gelu"
     """Feed-forward kind: an MLP with one of these functions (GELU in its tanh form), or a gated one (…glu)."""
-    num_experts: int = 8
-    """Experts of a layer of kind `experts` (X)."""
-    experts_per_token: int = 2
-    """Experts that each token chooses."""
-    expert_width: int | None = None
-    """Width of an expert's hidden layer; None: feedforward_width."""
-    num_shared_experts: int = 0
-    """Experts that every token passes through as well."""
-    router: Literal["token_choice", "expert_choice"] = "token_choice"
-    """Whether tokens choose experts, or experts choose tokens."""
-    router_score: Literal["softmax", "sigmoid"] = "softmax"
-    """What makes a router's logits weights."""
-    expert_capacity: float = 0.0
-    """Tokens of a row that an expert takes, as a multiple of its fair share; 0: as many as choose it (dropless)."""
-    balance_loss: float = 0.01
-    """Weight of the loss that spreads tokens over experts."""
-    router_z_loss: float = 0.0
-    """Weight of the squared log-partition function of the router."""
-    balance_bias_rate: float = 0.0
-    """Step of a bias on the router's choice that balances without a loss. 0: no bias."""
 
     # Norms, residuals, scales.
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
@@ -204,10 +130,6 @@ class ModelConfig:
     """Standard deviation of initial weights."""
     depth_scaled_init: bool = True
     """Weights that write to the residual stream begin 1 / sqrt(2 * num_layers) as large."""
-    parametrization: Literal["standard", "mup"] = "standard"
-    """`mup`: scales, learning rates and logits follow the width, so that one learning rate serves all widths."""
-    base_width: int = 128
-    """Width at which `mup` is the same as `standard`."""
 
     # Positions.
     positions: Literal["rotary", "learned", "sinusoidal", "alibi", "relative", "none"] = "rotary"
@@ -246,14 +168,6 @@ class ModelConfig:
         return self.width // self.num_heads if self.head_width is None else self.head_width
 
     @property
-    def state_dim(self) -> int:
-        return self.head_dim if self.state_width is None else self.state_width
-
-    @property
-    def recurrent_dim(self) -> int:
-        return self.width if self.recurrent_width is None else self.recurrent_width
-
-    @property
     def gated(self) -> bool:
         return self.activation in ("swiglu", "geglu", "reglu")
 
@@ -262,10 +176,6 @@ class ModelConfig:
         if self.feedforward_width is not None:
             return self.feedforward_width
         return 64 * math.ceil(8 * self.width / 3 / 64) if self.gated else 4 * self.width
-
-    @property
-    def expert_dim(self) -> int:
-        return self.ff_width if self.expert_width is None else self.expert_width
 
     @property
     def encoder_depth(self) -> int:
@@ -295,8 +205,3 @@ class ModelConfig:
         """Rows of the embedding table in memory: the vocabulary, padded."""
         assert self.vocab_size is not None, "the vocabulary is resolved before the model is built"
         return VOCAB_ROW_MULTIPLE * math.ceil(self.vocab_size / VOCAB_ROW_MULTIPLE)
-
-    @property
-    def width_ratio(self) -> float:
-        """How much wider the model is than the one at which muP changes nothing; 1 without muP."""
-        return self.width / self.base_width if self.parametrization == "mup" else 1.0

@@ -29,7 +29,7 @@ OBJECTIVE_DATA: dict[str, DataKind] = {
     "sequence_classification": "labelled",
     "token_classification": "labelled",
 }
-"""What objectives need that do not learn from running text: their `DATA`, known here without loading them."""
+"""What objectives need that do not learn from running text."""
 
 
 class ConfigError(ValueError):
@@ -135,8 +135,8 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """How gradients become updates."""
 
-    name: Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"] = "adamw"
-    """Optimizer; `schedule_free` is AdamW with averaging in the place of a schedule."""
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
@@ -161,18 +161,6 @@ class OptimizerConfig:
     """Decoupled decay of matrices and embeddings (AdamW); biases and norms are never decayed."""
     clip_norm: float = 1.0
     """Largest global norm of a gradient; longer ones are scaled down to it. 0: no clipping."""
-    ema_decay: float = 0.0
-    """Decay of the moving average of the weights, which then is what is evaluated and kept. 0: no average."""
-    muon_momentum: float = 0.95
-    """Momentum of Muon."""
-    matrix_rate: float = 1.0
-    """Multiplies the learning rate of matrices inside the layers."""
-    embedding_rate: float = 1.0
-    """Multiplies the learning rate of embeddings."""
-    head_rate: float = 1.0
-    """Multiplies the learning rate of the output head where it is not the embedding."""
-    vector_rate: float = 1.0
-    """Multiplies the learning rate of norms, biases and other vectors."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +173,6 @@ class TrainConfig:
     """Examples in the global batch (B), over all devices and microbatches."""
     num_microbatches: int = 1
     """Parts into which a step splits its batch to save memory; the gradient is that of the whole batch."""
-    batch_warmup_steps: int = 0
-    """Steps over which the batch grows, a microbatch at a time, from one of them to num_microbatches."""
     max_nonfinite_steps: int = 10
     """Steps with a non-finite gradient are skipped; this many in a row end the run."""
     log_every_steps: int = 10

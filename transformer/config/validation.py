@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from transformer.config.model import HAVE_PATTERNS, SEE_BOTH_WAYS, FeedForwardKind, Mixer, Pattern, parse_layers
+from transformer.config.model import FeedForwardKind, Mixer, Pattern, parse_layers
 from transformer.config.schema import (
     Config,
     ConfigError,
@@ -24,15 +24,13 @@ _NOT_NEGATIVE = (
     "data.num_workers objective.z_loss optimizer.warmup_steps optimizer.warmup_tokens optimizer.weight_decay "
     "optimizer.clip_norm evaluation.every_steps evaluation.num_batches evaluation.sample_tokens "
     "checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_steps "
-    "parallel.cpu_devices parallel.num_processes profile.start_step profile.num_steps seed "
-    "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_shared_experts "
-    "model.expert_capacity model.balance_loss model.router_z_loss model.balance_bias_rate model.num_future_tokens "
-    "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps objective.future_weight "
-    "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate"
+    "parallel.cpu_devices parallel.num_processes profile.start_step profile.num_steps seed objective.future_weight "
+    "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
+    "model.num_global_blocks model.num_random_blocks"
 ).split()
 _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
-    "optimizer.beta1 optimizer.beta2 optimizer.momentum optimizer.ema_decay optimizer.muon_momentum "
+    "optimizer.beta1 optimizer.beta2 optimizer.momentum "
     "objective.label_smoothing objective.mask_rate objective.middle_rate objective.suffix_first_rate model.rotary_share"
 ).split()
 _MAY_BE_ONE = ("optimizer.final_ratio", "objective.middle_rate", "objective.suffix_first_rate", "model.rotary_share")
@@ -47,7 +45,6 @@ def problems_of(config: Config) -> list[str]:
     problems = list(_range_problems(config))
     wrong = {key for problem in problems for key in mentioned(problem)}
     across = [
-        *_unbuilt(config),
         *_data_problems(config.data),
         *_example_problems(config),
         *_model_problems(config),
@@ -55,33 +52,6 @@ def problems_of(config: Config) -> list[str]:
     ]
     # What follows from a value that is impossible by itself is no mistake of its own.
     return problems + [problem for problem in across if not mentioned(problem) & wrong]
-
-
-_BUILT: dict[str, tuple[str, ...]] = {
-    "model.cross_attention": ("dot_product",),
-    "model.attention_implementation": ("auto", "auto_cpu", "auto_gpu", "auto_tpu", "reference", "causal_blocks"),
-    "model.parametrization": ("standard",),
-    "optimizer.name": ("adamw", "sgd"),
-}
-_MIXERS, _FEEDFORWARD = ("attention",), ("dense", "none")
-_UNUSED = (
-    "model.kv_latent_width model.query_latent_width model.rotary_head_width model.mixer_form model.chunk_size "
-    "model.state_width model.convolution_width model.num_features model.recurrent_width model.num_experts "
-    "model.experts_per_token model.expert_width model.num_shared_experts model.router model.router_score "
-    "model.expert_capacity model.balance_loss model.router_z_loss model.balance_bias_rate train.batch_warmup_steps "
-    "optimizer.ema_decay optimizer.muon_momentum optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate "
-    "optimizer.vector_rate"
-).split()
-
-
-def _unbuilt(config: Config) -> Iterator[str]:
-    """What has a name and is still being built: refused, so that nothing that is asked for is silently left out."""
-    for key, built in _BUILT.items():
-        if (value := get(config, key)) not in built:
-            yield f"{key} = {value!r} is not built yet; there are {', '.join(built)}"
-    for key in _UNUSED:
-        if (value := get(config, key)) != get(Config(), key):
-            yield f"{key} = {value!r}: what this is for is not built yet, so it stays {get(Config(), key)!r}"
 
 
 def mentioned(problem: str) -> set[str]:
@@ -205,47 +175,29 @@ def _model_problems(config: Config) -> Iterator[str]:
 
 def _layer_problems(config: Config) -> Iterator[str]:
     """What is wrong with the patterns of layers."""
-    model, stacks = config.model, [("layers", config.model.layers, config.model.num_layers, config.model.has_decoder)]
+    model = config.model
+    depths = {"layers": {"num_layers": model.num_layers}}
     if model.architecture == "encoder_decoder":
         key = "layers" if model.encoder_layers is None else "encoder_layers"
-        stacks.append((key, model.encoder_layers or model.layers, model.encoder_depth, False))
-    for key, text, depth, causal in stacks:
-        label = f"model.{key} = {text!r}"
+        depths.setdefault(key, {})["num_encoder_layers"] = model.encoder_depth
+    for key, stacks in depths.items():
+        label = f"model.{key} = {getattr(model, key)!r}"
         try:
-            kinds = parse_layers(text)
+            kinds = parse_layers(getattr(model, key))
         except ValueError as error:
             yield f"{label}: {error}"
             continue
-        unknown = [
-            f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
-            for kind in dict.fromkeys(kinds)
+        for kind in dict.fromkeys(kinds):
             for what, name, known in (
                 ("mixer", kind.mixer, get_args(Mixer)),
                 ("pattern", kind.pattern, get_args(Pattern)),
                 ("feed-forward kind", kind.feedforward, get_args(FeedForwardKind)),
-            )
-            if name not in known
-        ]
-        if unknown:
-            yield from unknown
-            continue
-        for kind in dict.fromkeys(kinds):
-            if kind.mixer not in _MIXERS or kind.feedforward not in _FEEDFORWARD:
-                name = kind.mixer if kind.mixer not in _MIXERS else kind.feedforward
-                yield f"{label}: {name!r} is not built yet; there are {', '.join((*_MIXERS, *_FEEDFORWARD))}"
-        mixers = {kind.mixer for kind in kinds}
-        if depth > 0 and depth % len(kinds):
-            name = "num_layers" if causal or not model.has_decoder else "num_encoder_layers"
-            yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
-        patterned = sorted({k.mixer for k in kinds if k.pattern != "full" and k.mixer not in HAVE_PATTERNS})
-        if patterned:
-            yield f"{label}: {patterned[0]} has no patterns, only {' and '.join(HAVE_PATTERNS)} have"
-        if one_way := sorted(mixers - set(SEE_BOTH_WAYS)):
-            reason = f"{one_way[0]} sees the past alone; {', '.join(SEE_BOTH_WAYS)} see both ways"
-            if not causal:
-                yield f"{label}, in an encoder: {reason}"
-        if config.objective.name == "prefix_lm" and (others := sorted(mixers - set(HAVE_PATTERNS))):
-            yield f"{label}: {others[0]} cannot see a prefix both ways, as objective.name = 'prefix_lm' needs"
+            ):
+                if name not in known:
+                    yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
+        for name, depth in stacks.items():
+            if depth > 0 and depth % len(kinds):
+                yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

@@ -83,7 +83,7 @@ def _make(prepared: Prepared, window: Window, *place: object) -> Window:
 
 def _batch(config: Config, prepared: Prepared, made: Sequence[Window]) -> Batch:
     """Stacks rows, each array padded at its end."""
-    arrays = prepared.maker.arrays if prepared.maker else _window_arrays(config.data.sequence_length)
+    arrays = prepared.maker.arrays if prepared.maker else token_arrays(config.data.sequence_length)
     batch = {name: np.zeros((len(made), length), dtype) for name, (length, dtype) in arrays.items()}
     for number, row in enumerate(made):
         for name, values in row.items():
@@ -91,7 +91,8 @@ def _batch(config: Config, prepared: Prepared, made: Sequence[Window]) -> Batch:
     return batch
 
 
-def _window_arrays(length: int) -> dict[str, tuple[int, str]]:
+def token_arrays(length: int) -> dict[str, tuple[int, str]]:
+    """Returns length and NumPy type of the arrays of windows of text."""
     tokens = {name: (length, "int32") for name in ("inputs", "targets", "positions", "segment_ids")}
     return tokens | {"weights": (length, "float32")}
 

@@ -1,21 +1,40 @@
 """What preparing leaves on disk, and how a run comes by it."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from transformer.config import Config, ConfigError, to_json
-from transformer.data.rows import RowShard, RowSplit
 from transformer.data.shards import Shard, Split, Window
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
+
+
+@runtime_checkable
+class Windows(Protocol):
+    """What examples are made from, by number: `shards.Split` for running text, `rows.RowSplit` for all else."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def shards(self) -> tuple[Any, ...]: ...
+    @property
+    def num_windows(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    def window(self, number: int, seed: int | None = None, epoch: int = 0) -> Window: ...
 
 
 @dataclass(frozen=True)
@@ -23,8 +42,8 @@ class Source:
     """The two splits of one source."""
 
     name: str
-    train: Split | RowSplit
-    validation: Split | RowSplit
+    train: Windows
+    validation: Windows
     num_labels: int = 0
     """Classes of texts with labels."""
     labels: tuple[str, ...] = ()
@@ -70,10 +89,8 @@ def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepa
 def _read_index(directory: Path) -> Source:
     index = json.loads((directory / "index.json").read_text())
     if "kind" in index:
-        rows = {name: tuple(RowShard(**shard) for shard in index[name]) for name in SPLITS}
-        train, validation = (
-            RowSplit(name, directory, index["kind"], index["token_type"], rows[name]) for name in SPLITS
-        )
+        # Loaded only by those whose examples are rows.
+        train, validation = importlib.import_module("transformer.data.rows").splits(directory, index, SPLITS)
         return Source(index["name"], train, validation, index["num_labels"], tuple(index["labels"]))
     parts = {name: tuple(Shard(**shard) for shard in index[name]) for name in SPLITS}
     train, validation = (

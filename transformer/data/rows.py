@@ -1,10 +1,10 @@
 """Rows of several short examples, packed when the data is prepared, so that each row has a number of its own."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,12 +51,12 @@ class RowSplit:
     def num_windows(self) -> int:
         return int(self.first_windows[-1])
 
-    @functools.cached_property
+    @property
     def num_tokens(self) -> int:
         """Targets that count: tokens to write with their `eos`, or labels."""
         return sum(shard.num_tokens for shard in self.shards)
 
-    @functools.cached_property
+    @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the split's texts."""
         return sum(shard.num_bytes for shard in self.shards)
@@ -84,6 +84,12 @@ class RowSplit:
             return encoder | decoder | {"targets": targets, "weights": np.ones(len(targets), np.float32)}
         each = [np.broadcast_to(label, len(ids)) for ids, label in zip(firsts, seconds, strict=True)]
         return _joined(firsts) | {"labels": np.concatenate(each) - 1}
+
+
+def splits(directory: Path, index: Mapping[str, Any], names: Sequence[str]) -> list[RowSplit]:
+    """Returns the splits of which `index` is the description in `directory`."""
+    shards_of = {name: tuple(RowShard(**shard) for shard in index[name]) for name in names}
+    return [RowSplit(name, directory, index["kind"], index["token_type"], shards_of[name]) for name in names]
 
 
 def _joined(parts: Sequence[np.ndarray]) -> Window:

@@ -48,12 +48,12 @@ class Split:
     def num_windows(self) -> int:
         return int(self.first_windows[-1])
 
-    @functools.cached_property
+    @property
     def num_tokens(self) -> int:
         """Targets that count: all tokens but the first of each document."""
         return sum(shard.length - shard.num_documents for shard in self.shards)
 
-    @functools.cached_property
+    @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of the split's text."""
         return sum(shard.num_bytes for shard in self.shards)

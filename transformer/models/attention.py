@@ -1,7 +1,6 @@
 """Attention with many heads as a layer: of a text to itself, and of a decoder to what its encoder read."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,23 +12,13 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import Cache, CacheSpec, read, write
 from transformer.models.dot_product import attend
 from transformer.models.layers import Linear, Norm, residual_scale
-from transformer.models.masks import Mask, Sparsity, Tokens
-from transformer.models.mixers import Context
+from transformer.models.masks import Mask, Tokens
+from transformer.models.mixers import Bias, Context
+from transformer.models.patterns import Pattern, make_pattern
 from transformer.models.positions import rotate
 from transformer.parallel.sharding import constrain
 
 KEY_AXES = ("batch", "length", "kv_heads", "head_width")
-
-
-def attention_scale(config: ModelConfig) -> float:
-    """Returns the factor of the products of queries and keys.
-
-    Under muP it falls with the width itself (Yang et al. 2022, arXiv:2203.03466, definition 4.1), and is that of the
-    standard parametrisation for heads of 64.
-    """
-    if config.attention_scale is not None:
-        return config.attention_scale
-    return 8 / config.head_dim if config.parametrization == "mup" else 1 / math.sqrt(config.head_dim)
 
 
 def split_heads(x: Float[Array, "B T E"], count: int, name: str) -> Float[Array, "B T N H"]:
@@ -37,44 +26,63 @@ def split_heads(x: Float[Array, "B T E"], count: int, name: str) -> Float[Array,
     return constrain(x.reshape(*x.shape[:2], count, -1), "batch", "length", name, "head_width")
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head, grouped or multi-query self-attention; heads are stored side by side, [D, N * H]."""
+class Heads(nnx.Module):
+    """Projections of queries, keys, values and output; heads are stored side by side, [D, N * H]."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
-        self.config, self.sparsity = config, Sparsity.of(config, kind.pattern)
+    def __init__(self, config: ModelConfig, num_layers: int):
+        self.config = config
         width, head = config.width, config.head_dim
         queries, keys = config.num_heads * head, config.kv_heads * head
         self.query = Linear(config, (width, queries), ("embed", "heads"))
         self.key = Linear(config, (width, keys), ("embed", "kv_heads"))
         self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
         self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale(config, num_layers))
-        self.query_norm = Norm(config, head) if config.qk_norm else None
-        self.key_norm = Norm(config, head) if config.qk_norm else None
+
+    def keys_and_values(self, x: Float[Array, "B S D"]) -> list[Float[Array, "B S K H"]]:
+        """Returns the key and the value of every token and head."""
+        return [split_heads(linear(x), self.config.kv_heads, "kv_heads") for linear in (self.key, self.value)]
+
+    def attended(
+        self, query: Array, key: Array, value: Array, mask: Mask, bias: Bias | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns what the queries gather from the values, heads joined and projected."""
+        config = self.config
+        options = {"bias": bias, "scale": config.attention_scale, "soft_cap": config.attention_soft_cap}
+        output = attend(config.attention_implementation, query, key, value, mask, **options)
+        return self.output(output.reshape(*query.shape[:2], -1))
+
+
+class SelfAttention(Heads):
+    """Multi-head, grouped or multi-query attention of a text to itself."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
+        super().__init__(config, num_layers)
+        self.pattern = make_pattern(config, kind.pattern)
+        self.query_norm = Norm(config, config.head_dim) if config.qk_norm else None
+        self.key_norm = Norm(config, config.head_dim) if config.qk_norm else None
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        config = self.config
-        query = split_heads(self.query(x), config.num_heads, "heads")
-        key = split_heads(self.key(x), config.kv_heads, "kv_heads")
-        value = split_heads(self.value(x), config.kv_heads, "kv_heads")
+        query = split_heads(self.query(x), self.config.num_heads, "heads")
+        key, value = self.keys_and_values(x)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if context.rotary is not None:
-            angles = context.rotary[config.head_dim]
-            query, key = rotate(query, angles), rotate(key, angles)
-        mask = context.mask(self.sparsity)
+            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        mask = context.mask(self.pattern)
         if cache is not None:
-            remember = _remember_window if self.sparsity.pattern == "window" else remember_all
-            cache, (key, value), mask = remember(cache, layer, {"key": key, "value": value}, context, mask)
-        output = attend(
-            config.attention_implementation,
-            *(query, key, value, mask),
-            bias=context.bias,
-            scale=attention_scale(config),
-            soft_cap=config.attention_soft_cap,
-        )
-        return self.output(output.reshape(*x.shape[:2], -1)), cache
+            new = {"key": key, "value": value}
+            if self.window is None:
+                cache, (key, value) = _remember_all(cache, layer, new, context)
+            else:
+                cache, (key, value), mask = _remember_window(cache, layer, new, context, mask, self.window.num_sinks)
+        return self.attended(query, key, value, mask, context.bias), cache
+
+    @property
+    def window(self) -> Pattern | None:
+        """The pattern, if it lets a cache forget."""
+        return self.pattern if self.pattern is not None and self.pattern.name == "window" else None
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
         config = self.config
@@ -84,29 +92,27 @@ class SelfAttention(nnx.Module):
             names = (f"{prefix}key", f"{prefix}value")
             return {name: CacheSpec(shape, KEY_AXES, config.compute_dtype) for name in names}
 
-        if self.sparsity.pattern != "window":
+        if self.window is None:
             return pair("", length)
-        sinks = pair("sink_", self.sparsity.num_sinks) if self.sparsity.num_sinks else {}
-        return pair("", min(length, self.sparsity.window)) | sinks
+        sinks = pair("sink_", self.window.num_sinks) if self.window.num_sinks else {}
+        return pair("", min(length, self.window.window)) | sinks
 
 
-def remember_all(
-    cache: Cache, layer: Any, new: dict[str, Array], context: Context, mask: Mask
-) -> tuple[Cache, list[Array], Mask]:
-    """Writes new keys and values to their columns; returns the cache, those of all columns, and the mask as it was."""
+def _remember_all(cache: Cache, layer: Any, new: dict[str, Array], context: Context) -> tuple[Cache, list[Array]]:
+    """Writes new keys and values to their columns; returns the cache, and those of all columns."""
     cache = cache | {name: write(cache[name], layer, value, context.index) for name, value in new.items()}
-    return cache, [read(cache[name], layer) for name in new], mask
+    return cache, [read(cache[name], layer) for name in new]
 
 
 def _remember_window(
-    cache: Cache, layer: Any, new: dict[str, Array], context: Context, mask: Mask
+    cache: Cache, layer: Any, new: dict[str, Array], context: Context, mask: Mask, sinks: int
 ) -> tuple[Cache, list[Array], Mask]:
     """Keeps only as many columns as the window has, in a ring, and the first tokens of the text where they are sinks.
 
     The new tokens see the ring as it was, and each other; then those that are not padding overwrite the oldest. Column
     c has its place at c modulo the ring's length.
     """
-    index, tokens, sinks = context.index, context.tokens, mask.sparsity.num_sinks
+    index, tokens = context.index, context.tokens
     assert index is not None
     size, length = cache["key"].shape[2], tokens.positions.shape[1]
     slots = jnp.arange(size)
@@ -144,36 +150,24 @@ def _remember_window(
     return cache, joined, dataclasses.replace(mask, key=keys, aligned=False)
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(Heads):
     """A decoder's queries on its encoder's output, the keys and values of which are computed once for each text."""
-
-    def __init__(self, config: ModelConfig, num_layers: int):
-        self.config = config
-        width, head = config.width, config.head_dim
-        queries, keys = config.num_heads * head, config.kv_heads * head
-        self.query = Linear(config, (width, queries), ("embed", "heads"))
-        self.key = Linear(config, (width, keys), ("embed", "kv_heads"))
-        self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
-        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        config, memory = self.config, context.memory
+        memory = context.memory
         assert memory is not None
-        query = split_heads(self.query(x), config.num_heads, "heads")
+        query = split_heads(self.query(x), self.config.num_heads, "heads")
         if memory.hidden is None:
             assert cache is not None
             key, value = read(cache["key"], layer), read(cache["value"], layer)
         else:
-            key = split_heads(self.key(memory.hidden), config.kv_heads, "kv_heads")
-            value = split_heads(self.value(memory.hidden), config.kv_heads, "kv_heads")
+            key, value = self.keys_and_values(memory.hidden)
             if cache is not None:
                 cache = {"key": write(cache["key"], layer, key), "value": write(cache["value"], layer, value)}
         mask = Mask(context.tokens, memory.tokens, causal=False, aligned=False)
-        name, scale = config.attention_implementation, attention_scale(config)
-        output = attend(name, query, key, value, mask, scale=scale, soft_cap=config.attention_soft_cap)
-        return self.output(output.reshape(*x.shape[:2], -1)), cache
+        return self.attended(query, key, value, mask), cache
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
         """Returns what is kept of the `length` columns that the encoder read."""

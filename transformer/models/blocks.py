@@ -1,7 +1,6 @@
 """Blocks and stacks of them: mixing and MLP in alternation, each added to the residual stream."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,24 +14,9 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import Cache, map_cache
 from transformer.models.feedforward import Auxiliary, make_feedforward
 from transformer.models.layers import Norm, dropout
-from transformer.models.mixers import Context, make_mixer
-from transformer.models.parameters import Tree, bind, normal, parameter, parameter_specs, stack
-from transformer.models.positions import Alibi, Bias, RelativeBuckets, alibi_slopes
+from transformer.models.mixers import Context, make_bias, make_cross_attention, make_mixer
+from transformer.models.parameters import Tree, bind, parameter_specs, stack
 from transformer.parallel.sharding import constrain
-
-CROSS_ATTENTION = {
-    "dot_product": ("transformer.models.attention", "CrossAttention"),
-    "luong": ("transformer.models.luong", "LuongAttention"),
-}
-"""How a decoder's block reads the encoder's output; `bahdanau` is part of a recurrent mixer instead."""
-
-
-def make_cross_attention(config: ModelConfig, num_layers: int) -> Any:
-    """Returns the part of a decoder's block that reads the encoder, None if its mixer does that itself."""
-    if config.cross_attention not in CROSS_ATTENTION:
-        return None
-    module, name = CROSS_ATTENTION[config.cross_attention]
-    return getattr(importlib.import_module(module), name)(config, num_layers)
 
 
 class Block(nnx.Module):
@@ -166,15 +150,13 @@ class Stack(nnx.Module):
         blocks = [Block(config, kind, num_layers, reads_encoder) for kind in kinds]
         self.layers = stack(blocks[0] if len(blocks) == 1 else Period(blocks), self.num_periods)
         self.final_norm = None if config.norm_placement == "post" else Norm(config)
-        table = ((config.num_relative_buckets, config.num_heads), ("buckets", "heads"))
-        is_relative = config.positions == "relative"
-        self.relative_bias = parameter(*table, normal(config.initial_scale), "bias") if is_relative else None
+        self.bias = make_bias(config, causal)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Auxiliary]:
         config = self.config
-        context = dataclasses.replace(context, bias=self._bias())
+        context = dataclasses.replace(context, bias=None if self.bias is None else self.bias())
         module, stacked = self.layers, parameter_specs(self.layers)
 
         def run(parameters: Tree, x: Any, context: Context, cache: Any, layer: Any, key: Any) -> Any:
@@ -204,13 +186,6 @@ class Stack(nnx.Module):
             with jax.named_scope("final_norm"):
                 x = self.final_norm(x)
         return x, cache, auxiliary
-
-    def _bias(self) -> Bias | None:
-        if self.relative_bias is not None:
-            return RelativeBuckets(self.relative_bias[...], self.causal, self.config.max_relative_distance)
-        if self.config.positions == "alibi":
-            return Alibi(jnp.asarray(alibi_slopes(self.config.num_heads)))
-        return None
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
         """Returns what all layers remember, with a leading dimension for those of one kind."""

@@ -1,23 +1,20 @@
 """Scaled dot-product attention, written out: what every faster implementation has to agree with."""
 
-import importlib
-import logging
 import math
-from functools import cache
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from transformer.models.layers import auto_on
 from transformer.models.masks import Mask
-from transformer.models.positions import Bias
+from transformer.models.mixers import Bias
 
 
 @runtime_checkable
 class Attend(Protocol):
-    """Computes what `dot_product_attention` does, or raises NotImplementedError with the reason why it cannot."""
+    """Computes what `dot_product_attention` does."""
 
     def __call__(
         self,
@@ -80,70 +77,23 @@ def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def causal_blocks(query: Any, key: Any, value: Any, mask: Mask, block: int = 128, **options: Any) -> Array:
-    """Leaves out what lies above the diagonal, `block` queries at a time; compiles once for each of them."""
-    if not mask.is_lower_triangular:
-        raise NotImplementedError("it computes causal attention over a batch's own tokens alone")
-    if query.shape[1] > 32 * block:
-        raise NotImplementedError(f"it is for up to {32 * block} tokens, and this is {query.shape[1]}")
-    return dot_product_attention(query, key, value, mask, block=block, **options)
-
-
-ATTENTION: dict[str, Attend | str] = {
+ATTENTION: dict[str, Attend] = {
     "reference": dot_product_attention,
-    "causal_blocks": causal_blocks,
-    "blockwise": "transformer.models.blockwise",
-    "cudnn": "transformer.models.cudnn",
-    "splash": "transformer.models.splash",
-    "tokamax": "transformer.models.tokamax",
+    "causal_blocks": partial(dot_product_attention, block=128),
 }
-"""The implementations by name; those in modules of their own, each with a function `attend`, are loaded when asked for."""
+"""The implementations by name; each computes what `dot_product_attention` does."""
 
-PREFERRED = {
-    "auto_cpu": ("causal_blocks", "reference"),
-    "auto_gpu": ("cudnn", "reference"),
-    "auto_tpu": ("splash", "reference"),
-}
-"""What `auto` tries on each platform, in order; where all of [T, S] would be too large, `blockwise` goes before `reference`."""
-
-LARGEST_SQUARE = 2**22
-"""Elements of [T, S] from which on `auto` no longer holds them all."""
-
-
-def attention_named(name: str) -> Attend:
-    """Returns an implementation of attention."""
-    found = ATTENTION[name]
-    return importlib.import_module(found).attend if isinstance(found, str) else found
+LONGEST_IN_BLOCKS = 4096
+"""Tokens up to which `auto` takes blocks: each block is compiled by itself."""
 
 
 def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:
-    """Computes attention by the implementation `name`, or by the first of an `auto` that can.
+    """Computes attention by the implementation `name`; `auto` takes blocks on a CPU.
 
-    Raises ValueError if an implementation that was asked for by name cannot compute this exactly; an `auto` that
-    passes one over says so, once.
+    Only where no query sees a later column do blocks leave something out; elsewhere, in a cache or an encoder, everything is
+    computed at once.
     """
     if name == "auto":
-        name = auto_on(jax.default_backend())
-    if name not in PREFERRED:
-        try:
-            return attention_named(name)(query, key, value, mask, **options)
-        except NotImplementedError as error:
-            raise ValueError(f"model.attention_implementation = {name!r}: {error}") from error
-    candidates = PREFERRED[name]
-    if query.shape[1] * key.shape[1] > LARGEST_SQUARE:
-        candidates = (*candidates[:-1], "blockwise", candidates[-1])
-    for candidate in candidates:
-        try:
-            output = attention_named(candidate)(query, key, value, mask, **options)
-        except NotImplementedError as error:
-            # A cache's columns are never in step with the queries; nothing better is to be had for it.
-            if mask.aligned:
-                _say_once(f"attention: not by {candidate}, for {error}")
-        else:
-            return output
-    raise AssertionError("the last of the candidates computes everything")
-
-
-@cache
-def _say_once(line: str) -> None:
-    logging.getLogger(__name__).warning(line)
+        is_short = query.shape[1] <= LONGEST_IN_BLOCKS
+        name = "causal_blocks" if jax.default_backend() == "cpu" and is_short else "reference"
+    return ATTENTION[name if mask.is_lower_triangular else "reference"](query, key, value, mask, **options)

@@ -1,8 +1,6 @@
 """The MLP of a block: what follows attention, token by token."""
 
-import importlib
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,16 +49,6 @@ class FeedForward(nnx.Module):
         return self.down(materialize(hidden)), {}
 
 
-FEEDFORWARD: dict[str, tuple[str, str]] = {
-    "dense": ("transformer.models.feedforward", "FeedForward"),
-    "experts": ("transformer.models.experts", "Experts"),
-}
-"""Module and class by name, loaded when a model asks for them."""
-
-
-def make_feedforward(config: ModelConfig, kind: LayerKind, num_layers: int) -> Any:
+def make_feedforward(config: ModelConfig, kind: LayerKind, num_layers: int) -> FeedForward | None:
     """Returns the feed-forward part of a layer, None for a layer without."""
-    if kind.feedforward == "none":
-        return None
-    module, name = FEEDFORWARD[kind.feedforward]
-    return getattr(importlib.import_module(module), name)(config, num_layers)
+    return None if kind.feedforward == "none" else FeedForward(config, num_layers)

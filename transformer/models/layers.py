@@ -11,14 +11,9 @@ from transformer.config import ModelConfig
 from transformer.models.parameters import Role, normal, ones, parameter, zeros
 
 
-def hidden_scale(config: ModelConfig) -> float:
-    """Returns the standard deviation of initial weights of maps from the width; muP makes it fall with its root."""
-    return config.initial_scale / math.sqrt(config.width_ratio)
-
-
 def residual_scale(config: ModelConfig, num_layers: int) -> float:
-    """Returns the same for weights that write to the residual stream (Radford et al. 2019, section 2.3)."""
-    return hidden_scale(config) / (math.sqrt(2 * num_layers) if config.depth_scaled_init else 1)
+    """Returns the standard deviation of initial weights that write to the residual stream (Radford et al. 2019, 2.3)."""
+    return config.initial_scale / (math.sqrt(2 * num_layers) if config.depth_scaled_init else 1)
 
 
 class Linear(nnx.Module):
@@ -33,7 +28,7 @@ class Linear(nnx.Module):
         role: Role = "matrix",
         bias: bool | None = None,
     ):
-        self.kernel = parameter(dims, axes, normal(hidden_scale(config) if scale is None else scale), role)
+        self.kernel = parameter(dims, axes, normal(config.initial_scale if scale is None else scale), role)
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
         biased = config.biases if bias is None else bias
         self.bias = parameter(dims[1:], (bias_axis,), zeros, "bias") if biased else None
@@ -41,11 +36,6 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         y = (as_rows(x) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-def auto_on(platform: str) -> str:
-    """Returns the `auto` of `model.attention_implementation` for a platform by the name that JAX has for it."""
-    return f"auto_{platform}" if platform in ("cpu", "tpu") else "auto_gpu"
 
 
 def as_rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -9,8 +9,15 @@ from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import Cache, CacheSpec
-from transformer.models.masks import FULL, Mask, Sparsity, Tokens
-from transformer.models.positions import Angles, Bias
+from transformer.models.masks import Mask, Sparsity, Tokens
+from transformer.models.positions import Angles
+
+
+@runtime_checkable
+class Bias(Protocol):
+    """What positions add to the products of queries and keys; a pytree."""
+
+    def __call__(self, query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Float[Array, "#B N T S"]: ...
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,12 @@ class Context:
     """Those that a layer's keys stand for: the same, or all that a cache has room for."""
     index: Int[Array, ""] | None = None
     """Column of the cache where the new tokens go; None: there is no cache."""
-    rotary: dict[int, Angles] | None = None
-    """Angles by the width of the head that they turn."""
+    rotary: Angles | None = None
     bias: Bias | None = None
     memory: Memory | None = None
     causal: bool = True
 
-    def mask(self, sparsity: Sparsity = FULL) -> Mask:
+    def mask(self, sparsity: Sparsity | None = None) -> Mask:
         """Returns who may see whom of the tokens of one stack."""
         return Mask(self.tokens, self.columns, self.causal, self.index is None, sparsity)
 
@@ -65,19 +71,7 @@ class MixerModule(Protocol):
         ...
 
 
-MIXERS: dict[str, tuple[str, str]] = {
-    "attention": ("transformer.models.attention", "SelfAttention"),
-    "latent_attention": ("transformer.models.latent_attention", "LatentAttention"),
-    "linear_attention": ("transformer.models.linear_attention", "LinearAttention"),
-    "performer": ("transformer.models.performer", "Performer"),
-    "retention": ("transformer.models.retention", "Retention"),
-    "gated_linear_attention": ("transformer.models.gated_linear_attention", "GatedLinearAttention"),
-    "gated_delta_net": ("transformer.models.gated_delta_net", "GatedDeltaNet"),
-    "mamba2": ("transformer.models.mamba2", "Mamba2"),
-    "lstm": ("transformer.models.recurrent", "Recurrent"),
-    "gru": ("transformer.models.recurrent", "Recurrent"),
-    "min_gru": ("transformer.models.recurrent", "Recurrent"),
-}
+MIXERS: dict[str, tuple[str, str]] = {"attention": ("transformer.models.attention", "SelfAttention")}
 """Module and class by name, loaded when a model asks for them."""
 
 
@@ -85,3 +79,15 @@ def make_mixer(config: ModelConfig, kind: LayerKind, num_layers: int) -> Any:
     """Returns the mixer of a layer."""
     module, name = MIXERS[kind.mixer]
     return getattr(importlib.import_module(module), name)(config, kind, num_layers)
+
+
+def make_bias(config: ModelConfig, causal: bool) -> Any:
+    """Returns the module that makes a stack's bias, None where positions are told otherwise."""
+    if config.positions not in ("alibi", "relative"):
+        return None
+    return importlib.import_module("transformer.models.biases").PositionBias(config, causal)
+
+
+def make_cross_attention(config: ModelConfig, num_layers: int) -> Any:
+    """Returns the part of a decoder's block that reads the encoder."""
+    return importlib.import_module("transformer.models.attention").CrossAttention(config, num_layers)

@@ -19,7 +19,7 @@ from flax import nnx
 Tree = dict[str, Any]
 """A nested dictionary with string keys."""
 
-Role = Literal["matrix", "embedding", "head", "norm", "bias", "vector", "balance"]
+Role = Literal["matrix", "embedding", "head", "norm", "bias"]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
@@ -47,7 +47,7 @@ class ParameterSpec:
     """Logical name of each dimension, which `parallel.sharding` maps to mesh axes."""
     init: Initializer
     role: Role
-    """What it is to an optimizer: only matrices, embeddings and the head are decayed; `balance` is set by the sign alone."""
+    """What it is to an optimizer: only matrices, embeddings and the head are decayed."""
     padding_rows: int = 0
     """Rows at the end of the first dimension that exist only so that it splits: zero, never counted."""
     num_layers: int | None = None

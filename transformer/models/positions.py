@@ -1,9 +1,7 @@
-"""How a model is told the order of tokens: on the embedding, by turning queries and keys, or by a bias on their products."""
+"""How a model is told the order of tokens: on the embedding, or by turning queries and keys (`biases` has the third way)."""
 
 import math
-from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -56,7 +54,11 @@ def rotary_frequencies(config: ModelConfig, head_width: int) -> tuple[Float[np.n
 
 
 def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig, head_width: int) -> Angles:
-    """Returns cosine and sine of each position's angle in each plane."""
+    """Returns cosine and sine of each position's angle in each plane.
+
+    With `dynamic_ntk` they depend on the largest position at hand: beyond the original length, keys that a cache holds were
+    turned as for the shorter text that there was then.
+    """
     frequencies, factor = rotary_frequencies(config, head_width)
     steps = jnp.asarray(frequencies, jnp.float32)
     if config.rotary_scaling == "dynamic_ntk" and (width := 2 * len(frequencies)) > 2:
@@ -79,60 +81,3 @@ def rotate(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     turned = turned.astype(x.dtype)
     return turned if 2 * planes == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * planes :]], axis=-1)
-
-
-@dataclass(frozen=True)
-class Alibi:
-    """Each head subtracts the distance times a slope of its own (Press et al. 2022, arXiv:2108.12409); a pytree."""
-
-    slopes: Float[Array, "N"]
-
-    def __call__(self, query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Float[Array, "B N T S"]:
-        distance = jnp.abs(query[:, :, None] - key[:, None, :]).astype(jnp.float32)
-        return -self.slopes[:, None, None] * distance[:, None]
-
-
-@dataclass(frozen=True)
-class RelativeBuckets:
-    """A learned number for each head and bucket of distances (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
-
-    table: Float[Array, "R N"]
-    causal: bool
-    max_distance: int
-
-    def buckets(self, offset: Int[Array, "B T S"]) -> Int[Array, "B T S"]:
-        """Returns the bucket of key position minus query position: half of them exact, the others logarithmic."""
-        count = self.table.shape[0]
-        first = jnp.zeros_like(offset)
-        if self.causal:
-            distance = jnp.maximum(-offset, 0)
-        else:
-            count //= 2
-            first = jnp.where(offset > 0, count, 0)
-            distance = jnp.abs(offset)
-        exact = count // 2
-        # At least 1 inside the logarithm, whose value below `exact` is not used.
-        ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(self.max_distance / exact)
-        far = jnp.minimum(exact + (ratio * (count - exact)).astype(jnp.int32), count - 1)
-        return first + jnp.where(distance < exact, distance, far)
-
-    def __call__(self, query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Float[Array, "B N T S"]:
-        values = self.table[self.buckets(key[:, None, :] - query[:, :, None])]
-        return jnp.moveaxis(values, -1, 1)
-
-
-jax.tree_util.register_dataclass(Alibi, ["slopes"], [])
-jax.tree_util.register_dataclass(RelativeBuckets, ["table"], ["causal", "max_distance"])
-
-Bias = Alibi | RelativeBuckets
-
-
-def alibi_slopes(num_heads: int) -> Float[np.ndarray, "N"]:
-    """Returns the slopes of Press et al.: a geometric series that ends at 2^-8; between powers of two, the odd ones of the
-    next power's follow."""
-
-    def series(count: int) -> np.ndarray:
-        return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
-
-    power = 2 ** math.floor(math.log2(num_heads))
-    return np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]]).astype(np.float32)

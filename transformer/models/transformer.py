@@ -3,7 +3,6 @@
 Vaswani et al. 2017 (arXiv:1706.03762); Radford et al. 2019; Devlin et al. 2019 (arXiv:1810.04805).
 """
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -98,10 +97,12 @@ class Transformer(nnx.Module):
         cache = None if cache is None else cache | {"layers": layers}
         terms = [found, *auxiliary]
 
+        def embed(shifted: Array) -> Array:
+            return self._embed(shifted, tokens.positions, None)
+
         def future(following: Array) -> list[Array]:
             assert self.future is not None
-            embed = lambda shifted: self._embed(shifted, tokens.positions, None)  # noqa: E731
-            return self.future(x, following, embed, dataclasses.replace(context, memory=None))
+            return self.future(x, following, embed, context)
 
         return Outputs(
             x,
@@ -149,15 +150,11 @@ class Transformer(nnx.Module):
             entered["memory"] = places
         return cache | entered
 
-    def _angles(self, positions: Int[Array, "B T"]) -> dict[int, Angles] | None:
+    def _angles(self, positions: Int[Array, "B T"]) -> Angles | None:
         config = self.config
         if config.positions != "rotary":
             return None
-        mixers = {kind.mixer for kind in (*config.kinds, *config.encoder_kinds)}
-        widths = {"attention": config.head_dim, "latent_attention": config.rotary_head_width}
-        widths |= {"retention": config.state_dim}
-        angles = {width: rotary_angles(positions, config, width) for m, width in widths.items() if m in mixers}
-        return jax.tree.map(materialize, angles)
+        return jax.tree.map(materialize, rotary_angles(positions, config, config.head_dim))
 
     def _embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], key: PRNGKeyArray | None
@@ -182,8 +179,6 @@ class Transformer(nnx.Module):
         are over its labels."""
         config = self.config
         with jax.named_scope("logits"):
-            if config.width_ratio != 1:
-                hidden = hidden / config.width_ratio
             if self.classifier is not None:
                 return self.classifier(hidden).astype(jnp.float32)
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)

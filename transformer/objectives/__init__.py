@@ -1,32 +1,32 @@
 """What a model learns: each objective turns text into examples and outputs into terms, in a file of its own."""
 
 import importlib
-from typing import Any, cast
 
 from transformer.config import Config, replace
-from transformer.objectives.examples import with_examples
-from transformer.objectives.terms import Objective, Terms, normalize
+from transformer.objectives.objective import Objective, with_examples
+from transformer.objectives.terms import Terms, normalize
 
-OBJECTIVES: dict[str, str] = {
-    "causal": "transformer.objectives.causal",
-    "prefix_lm": "transformer.objectives.prefix_lm",
-    "fill_in_the_middle": "transformer.objectives.fill_in_the_middle",
-    "multi_token": "transformer.objectives.multi_token",
-    "masked_lm": "transformer.objectives.masked_lm",
-    "span_corruption": "transformer.objectives.span_corruption",
-    "mixture_of_denoisers": "transformer.objectives.mixture_of_denoisers",
-    "seq2seq": "transformer.objectives.seq2seq",
-    "sequence_classification": "transformer.objectives.sequence_classification",
-    "token_classification": "transformer.objectives.token_classification",
+OBJECTIVES: dict[str, tuple[str, str]] = {
+    "causal": ("transformer.objectives.causal", "Causal"),
+    "prefix_lm": ("transformer.objectives.prefix_lm", "PrefixLM"),
+    "fill_in_the_middle": ("transformer.objectives.fill_in_the_middle", "FillInTheMiddle"),
+    "multi_token": ("transformer.objectives.multi_token", "MultiToken"),
+    "masked_lm": ("transformer.objectives.masked_lm", "MaskedLM"),
+    "span_corruption": ("transformer.objectives.span_corruption", "SpanCorruption"),
+    "mixture_of_denoisers": ("transformer.objectives.mixture_of_denoisers", "MixtureOfDenoisers"),
+    "seq2seq": ("transformer.objectives.seq2seq", "Seq2Seq"),
+    "sequence_classification": ("transformer.objectives.sequence_classification", "SequenceClassification"),
+    "token_classification": ("transformer.objectives.token_classification", "TokenClassification"),
 }
-"""Modules by name, loaded when a run asks for them; `terms.Objective` says what each has."""
+"""Module and class by name, loaded when a run asks for them."""
 
 __all__ = ["OBJECTIVES", "Objective", "Terms", "normalize", "objective_of", "with_examples", "with_window"]
 
 
 def objective_of(config: Config) -> Objective:
     """Returns the objective of a run."""
-    return cast(Any, importlib.import_module(OBJECTIVES[config.objective.name]))
+    module, name = OBJECTIVES[config.objective.name]
+    return getattr(importlib.import_module(module), name)()
 
 
 def with_window(config: Config) -> Config:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ObjectiveConfig
-from transformer.models.transformer import Outputs
+from transformer.models.transformer import MASKED_LOGIT, Outputs
 from transformer.objectives.terms import Terms
 
 
@@ -27,7 +27,7 @@ def token_terms(config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, A
         losses["z_loss"] = (config.z_loss * jnp.sum(jnp.square(normalizer) * weights), total)
     if config.label_smoothing:
         # Columns beyond the vocabulary have no share of the even part.
-        is_token = logits[..., :] > -1e29
+        is_token = logits > MASKED_LOGIT
         even = normalizer - jnp.sum(jnp.where(is_token, logits, 0), axis=-1) / jnp.sum(is_token, axis=-1)
         excess = config.label_smoothing * (even - cross_entropy)
         losses["label_smoothing"] = (jnp.sum(excess * weights), total)

@@ -8,42 +8,14 @@ second variant) `PREFIX SUFFIX s MIDDLE p m END`. It is cut between tokens; END 
 import numpy as np
 
 from transformer.config import Config
+from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.cross_entropy import token_terms as terms
-from transformer.objectives.terms import Row, token_arrays
+from transformer.objectives.objective import Objective
 
-__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "restore", "terms", "window_length"]
-
-DATA, COUNTS_TEXT = "text", False
 NUM_MARKS = 3
 """The marks PREFIX, SUFFIX and MIDDLE are the tokens after the tokenizer's, in this order."""
 NUM_ADDED = NUM_MARKS + 1
 """Tokens by which a document grows."""
-
-
-def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-    """Returns the window with `middle_rate` of its documents taken apart, as long as their marks find room in the row."""
-    room = (config.data.sequence_length - len(window["inputs"])) // NUM_ADDED
-    rows: list[Row] = []
-    for segment in np.unique(window["segment_ids"]):
-        chosen = window["segment_ids"] == segment
-        piece = {name: window[name][chosen] for name in ("inputs", "targets", "weights")}
-        # The token after the last belongs to the document unless it is another's first.
-        last = piece["targets"][-1:] if piece["weights"][-1] else piece["targets"][:0]
-        tokens = np.append(piece["inputs"], last)
-        takes_apart, suffix_first = rng.random(2) < (config.objective.middle_rate, config.objective.suffix_first_rate)
-        if takes_apart and room:
-            room -= 1
-            tokens = _take_apart(tokens, tokenizer, bool(suffix_first), rng)
-        # Where the document's last token is not followed by another of its own, it is an input without a target.
-        inputs = tokens[:-1] if len(last) else tokens
-        targets = np.append(tokens[1:], [] if len(last) else piece["targets"][-1:]).astype(np.int32)
-        weights = np.ones(len(inputs), np.float32)
-        weights[len(inputs) - (not len(last)) :] = 0
-        size, number = len(inputs), np.full(len(inputs), len(rows) + 1)
-        named = ("inputs", inputs), ("targets", targets), ("weights", weights), ("segment_ids", number)
-        rows.append(dict(named) | {"positions": np.arange(size)})
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _take_apart(tokens: np.ndarray, tokenizer: Tokenizer, suffix_first: bool, rng: np.random.Generator) -> np.ndarray:
@@ -63,15 +35,40 @@ def restore(tokens: np.ndarray, first_mark: int) -> np.ndarray:
     return np.concatenate([tokens[1:after], tokens[between + 1 : -1], tokens[after + 1 : between]])
 
 
-def arrays(config: Config) -> dict[str, tuple[int, str]]:
-    return token_arrays(config.data.sequence_length)
+class FillInTheMiddle(Objective):
+    """Documents whose middle was moved to the end."""
 
+    def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
+        """Returns the window with `middle_rate` of its documents taken apart, as long as their marks find room in the row."""
+        room = (config.data.sequence_length - len(window["inputs"])) // NUM_ADDED
+        rows: list[Window] = []
+        for segment in np.unique(window["segment_ids"]):
+            chosen = window["segment_ids"] == segment
+            piece = {name: window[name][chosen] for name in ("inputs", "targets", "weights")}
+            # The token after the last belongs to the document unless it is another's first.
+            last = piece["targets"][-1:] if piece["weights"][-1] else piece["targets"][:0]
+            tokens = np.append(piece["inputs"], last)
+            takes_apart, suffix_first = rng.random(2) < (
+                config.objective.middle_rate,
+                config.objective.suffix_first_rate,
+            )
+            if takes_apart and room:
+                room -= 1
+                tokens = _take_apart(tokens, tokenizer, bool(suffix_first), rng)
+            # Where the document's last token is not followed by another of its own, it is an input without a target.
+            inputs = tokens[:-1] if len(last) else tokens
+            targets = np.append(tokens[1:], [] if len(last) else piece["targets"][-1:]).astype(np.int32)
+            weights = np.ones(len(inputs), np.float32)
+            weights[len(inputs) - (not len(last)) :] = 0
+            size, number = len(inputs), np.full(len(inputs), len(rows) + 1)
+            named = ("inputs", inputs), ("targets", targets), ("weights", weights), ("segment_ids", number)
+            rows.append(dict(named) | {"positions": np.arange(size)})
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
-def window_length(config: Config) -> int:
-    """A sixteenth of the row is left for the marks; a document for which they find no room stays whole."""
-    length = config.data.sequence_length
-    return max(1, length - max(NUM_ADDED, length // 16))
+    def window_length(self, config: Config) -> int:
+        """A sixteenth of the row is left for the marks; a document for which they find no room stays whole."""
+        length = config.data.sequence_length
+        return max(1, length - max(NUM_ADDED, length // 16))
 
-
-def num_extra_tokens(config: Config) -> int:
-    return NUM_MARKS
+    def num_extra_tokens(self, config: Config) -> int:
+        return NUM_MARKS

@@ -5,33 +5,12 @@ import functools
 import numpy as np
 
 from transformer.config import Config
+from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.cross_entropy import token_terms as terms
-from transformer.objectives.terms import Row, token_arrays
+from transformer.objectives.objective import Objective
 
-__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "terms", "window_length"]
-
-DATA, COUNTS_TEXT = "text", False
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that are replaced by MASK and by any token; the others stay (appendix C.2)."""
-
-
-def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-    """Returns the window with each token, or whole word, chosen with probability `mask_rate` and most of them replaced.
-
-    MASK is the token after the tokenizer's. The targets are the tokens as they were; only the chosen ones have weight.
-    """
-    tokens = window["inputs"]
-    is_text = ~np.isin(tokens, (tokenizer.bos, tokenizer.eos))
-    units = np.arange(len(tokens))
-    if config.objective.whole_words:
-        units = np.cumsum(_starts(tokenizer, tokens, window["segment_ids"])) - 1
-    chosen = (rng.random(len(tokens)) < config.objective.mask_rate)[units] & is_text
-    fate = rng.random(len(tokens))
-    inputs = np.where(chosen & (fate < MASKED), tokenizer.vocab_size, tokens)
-    drawn = rng.integers(0, tokenizer.vocab_size, len(tokens))
-    inputs = np.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), drawn, inputs)
-    return window | {"inputs": inputs, "targets": tokens, "weights": chosen.astype(np.float32)}
 
 
 def _starts(tokenizer: Tokenizer, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
@@ -54,13 +33,25 @@ def _piece(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([anchor, token])[len(tokenizer.decode([anchor])) :]
 
 
-def arrays(config: Config) -> dict[str, tuple[int, str]]:
-    return token_arrays(config.data.sequence_length)
+class MaskedLM(Objective):
+    """The tokens that were chosen, from all others."""
 
+    def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
+        """Returns the window with each token, or whole word, chosen with probability `mask_rate` and most of them replaced.
 
-def window_length(config: Config) -> int:
-    return config.data.sequence_length
+        MASK is the token after the tokenizer's. The targets are the tokens as they were; only the chosen ones have weight.
+        """
+        tokens = window["inputs"]
+        is_text = ~np.isin(tokens, (tokenizer.bos, tokenizer.eos))
+        units = np.arange(len(tokens))
+        if config.objective.whole_words:
+            units = np.cumsum(_starts(tokenizer, tokens, window["segment_ids"])) - 1
+        chosen = (rng.random(len(tokens)) < config.objective.mask_rate)[units] & is_text
+        fate = rng.random(len(tokens))
+        inputs = np.where(chosen & (fate < MASKED), tokenizer.vocab_size, tokens)
+        drawn = rng.integers(0, tokenizer.vocab_size, len(tokens))
+        inputs = np.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), drawn, inputs)
+        return window | {"inputs": inputs, "targets": tokens, "weights": chosen.astype(np.float32)}
 
-
-def num_extra_tokens(config: Config) -> int:
-    return 1
+    def num_extra_tokens(self, config: Config) -> int:
+        return 1

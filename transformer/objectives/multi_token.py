@@ -4,56 +4,41 @@ section 2.2)."""
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from transformer.config import Config, ObjectiveConfig
-from transformer.data.tokenizers import Tokenizer
+from transformer.config import ObjectiveConfig
 from transformer.models.transformer import Outputs
 from transformer.objectives.cross_entropy import softmax_cross_entropy, token_terms
-from transformer.objectives.terms import Row, Terms, token_arrays
-
-DATA, COUNTS_TEXT = "text", True
-
-
-def terms(config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
-    """Returns the terms of the next token, and `future_k`, the cross-entropy of the k-th after that.
-
-    A token counts as far as it, and all before it, belong to the document. The further terms together weigh
-    `future_weight`.
-    """
-    assert outputs.future is not None, "validated: model.num_future_tokens > 0"
-    found = token_terms(config, outputs, batch)
-    states = outputs.future(batch["targets"])
-    weights = batch["weights"]
-    losses, measures = dict(found.losses), dict(found.measures)
-    for number, hidden in enumerate(states, start=1):
-        # Of the row's last tokens nothing further is known.
-        is_inside = jnp.arange(weights.shape[1]) < weights.shape[1] - number
-        weights = weights * jnp.roll(batch["weights"], -number, axis=1) * is_inside
-        logits = outputs.logits(hidden)
-        targets = jnp.roll(batch["targets"], -number, axis=1)
-        cross_entropy, _ = softmax_cross_entropy(logits, targets)
-        total = jnp.sum(weights)
-        share = config.future_weight / len(states)
-        losses[f"future_{number}"] = (share * jnp.sum(cross_entropy * weights), total)
-        correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        measures[f"future_{number}_accuracy"] = (jnp.sum(correct * weights), total)
-    return Terms(losses, measures, found.statistics)
+from transformer.objectives.objective import Objective
+from transformer.objectives.terms import Terms
 
 
-def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-    """Returns the window: it is an example already."""
-    return window
+class MultiToken(Objective):
+    """The next token, and those after it."""
 
+    COUNTS_TEXT = True
 
-def arrays(config: Config) -> dict[str, tuple[int, str]]:
-    return token_arrays(config.data.sequence_length)
+    def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
+        """Returns the terms of the next token, and `future_k`, the cross-entropy of the k-th after that.
 
-
-def window_length(config: Config) -> int:
-    return config.data.sequence_length
-
-
-def num_extra_tokens(config: Config) -> int:
-    return 0
+        A token counts as far as it, and all before it, belong to the document. The further terms together weigh
+        `future_weight`.
+        """
+        assert outputs.future is not None, "validated: model.num_future_tokens > 0"
+        found = token_terms(config, outputs, batch)
+        states = outputs.future(batch["targets"])
+        weights = batch["weights"]
+        losses, measures = dict(found.losses), dict(found.measures)
+        for number, hidden in enumerate(states, start=1):
+            # Of the row's last tokens nothing further is known.
+            is_inside = jnp.arange(weights.shape[1]) < weights.shape[1] - number
+            weights = weights * jnp.roll(batch["weights"], -number, axis=1) * is_inside
+            logits = outputs.logits(hidden)
+            targets = jnp.roll(batch["targets"], -number, axis=1)
+            cross_entropy, _ = softmax_cross_entropy(logits, targets)
+            total = jnp.sum(weights)
+            share = config.future_weight / len(states)
+            losses[f"future_{number}"] = (share * jnp.sum(cross_entropy * weights), total)
+            correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+            measures[f"future_{number}_accuracy"] = (jnp.sum(correct * weights), total)
+        return Terms(losses, measures, found.statistics)

@@ -8,31 +8,18 @@ section 4.1) at the first, `bos`.
 import numpy as np
 
 from transformer.config import Config
+from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.cross_entropy import token_terms as terms
-from transformer.objectives.terms import Row, token_arrays
-
-__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "terms", "window_length"]
-
-DATA, COUNTS_TEXT = "labelled", False
+from transformer.objectives.objective import Objective
 
 
-def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-    """Returns the row of texts with the class of each as the target of one of its tokens."""
-    segments = window["segment_ids"]
-    before = not config.model.has_encoder  # whether only what comes before a token is seen there
-    other = np.append(segments[1:], 0) if before else np.append(0, segments[:-1])
-    row = {name: window[name] for name in ("inputs", "positions", "segment_ids")}
-    return row | {"targets": window["labels"], "weights": (segments != other).astype(np.float32)}
+class SequenceClassification(Objective):
+    """A class for each text."""
 
-
-def arrays(config: Config) -> dict[str, tuple[int, str]]:
-    return token_arrays(config.data.sequence_length)
-
-
-def window_length(config: Config) -> int:
-    return config.data.sequence_length
-
-
-def num_extra_tokens(config: Config) -> int:
-    return 0
+    def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
+        """Returns the row of texts with the class of each as the target of one of its tokens."""
+        segments = window["segment_ids"]
+        before = not config.model.has_encoder  # whether only what comes before a token is seen there
+        other = np.append(segments[1:], 0) if before else np.append(0, segments[:-1])
+        row = {name: window[name] for name in ("inputs", "positions", "segment_ids")}
+        return row | {"targets": window["labels"], "weights": (segments != other).astype(np.float32)}

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from transformer.config import Config, ConfigError, source_length
+from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.cross_entropy import token_terms as terms
-from transformer.objectives.terms import Row, encoder_arrays, token_arrays
+from transformer.objectives.objective import Objective
 
-__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "terms", "window_length"]
-
-DATA, COUNTS_TEXT = "text", False
 NUM_MARKS = 100
 """Marks are the tokens after the tokenizer's; T5 has a hundred, and longer texts as many as they need."""
 
@@ -37,14 +34,6 @@ class Spans:
         """Returns the lengths of what is read and of what is written, each with its end."""
         removed, spans = self.counts(length)
         return length - removed + spans + 1, removed + spans + 1
-
-
-def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-    """Returns the text of the window, its documents one after another as one text, with spans removed, and these."""
-    if len(window["inputs"]) < 2:
-        return {}
-    source, target = remove_spans(window["inputs"], _spans(config), tokenizer.vocab_size, rng)
-    return pair(source, target, tokenizer)
 
 
 def remove_spans(
@@ -71,7 +60,7 @@ def restore(source: np.ndarray, target: np.ndarray, first_mark: int) -> np.ndarr
     return np.concatenate([spans.get(int(token), np.array([token])) for token in source])
 
 
-def pair(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -> Row:
+def pair(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -> Window:
     """Returns the row of one text to read and one to write, each ended, in which nothing else is."""
     source, target = np.append(source, tokenizer.eos), np.append(target, tokenizer.eos)
     row = {"encoder_inputs": source, "inputs": np.append(tokenizer.bos, target[:-1]), "targets": target}
@@ -109,13 +98,18 @@ def _spans(config: Config) -> Spans:
     return Spans(config.objective.mask_rate, config.objective.mean_span_length)
 
 
-def arrays(config: Config) -> dict[str, tuple[int, str]]:
-    return encoder_arrays(source_length(config)) | token_arrays(config.data.sequence_length)
+class SpanCorruption(Objective):
+    """Spans that were removed from a text."""
 
+    def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
+        """Returns the text of the window, its documents one after another as one text, with spans removed, and these."""
+        if len(window["inputs"]) < 2:
+            return {}
+        source, target = remove_spans(window["inputs"], _spans(config), tokenizer.vocab_size, rng)
+        return pair(source, target, tokenizer)
 
-def window_length(config: Config) -> int:
-    return longest_window(config, (_spans(config),))
+    def window_length(self, config: Config) -> int:
+        return longest_window(config, (_spans(config),))
 
-
-def num_extra_tokens(config: Config) -> int:
-    return max(NUM_MARKS, _spans(config).counts(config.data.window_length or window_length(config))[1])
+    def num_extra_tokens(self, config: Config) -> int:
+        return max(NUM_MARKS, _spans(config).counts(config.data.window_length or self.window_length(config))[1])

@@ -1,21 +1,13 @@
-"""What an objective is, and the loss contract: named terms as (sum, weight), normalised once."""
+"""The loss contract: named terms as (sum, weight), normalised once."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from transformer.config import Config, ObjectiveConfig
-from transformer.data.tokenizers import Tokenizer
-from transformer.models.transformer import Outputs
-
 Pair = tuple[Float[Array, ""], Float[Array, ""]]
-Row = dict[str, np.ndarray]
-"""The arrays of one row of a batch, each [up to its length]."""
 
 
 @dataclass(frozen=True)
@@ -35,48 +27,6 @@ class Terms:
 
 
 jax.tree_util.register_dataclass(Terms, ["losses", "measures", "statistics"], [])
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """A module of this package: how text becomes examples, and outputs become terms; nothing else."""
-
-    DATA: Literal["text", "pairs", "labelled"]
-    """What its examples are made from: windows of text, pairs of texts, or texts with labels."""
-    COUNTS_TEXT: bool
-    """Whether the cross-entropy is over every token of the text once, so that bits a byte can be told."""
-
-    def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
-        """Returns the terms of a batch, the model's own among them."""
-        ...
-
-    def example(self, config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-        """Returns the row that a window becomes. `data.shards.Split.window` says what a window of text is."""
-        ...
-
-    def arrays(self, config: Config) -> dict[str, tuple[int, str]]:
-        """Returns length and NumPy type of every array of a row."""
-        ...
-
-    def window_length(self, config: Config) -> int:
-        """Returns how many tokens of text fill an example."""
-        ...
-
-    def num_extra_tokens(self, config: Config) -> int:
-        """Returns how many tokens the objective adds: they have the numbers from the tokenizer's `vocab_size` on."""
-        ...
-
-
-def token_arrays(length: int) -> dict[str, tuple[int, str]]:
-    """Returns the arrays of a decoder, or of an encoder alone."""
-    return {name: (length, "int32") for name in ("inputs", "targets", "positions", "segment_ids")} | {
-        "weights": (length, "float32")
-    }
-
-
-def encoder_arrays(length: int) -> dict[str, tuple[int, str]]:
-    """Returns what an encoder-decoder reads."""
-    return {f"encoder_{name}": (length, "int32") for name in ("inputs", "positions", "segment_ids")}
 
 
 def normalize(

@@ -7,24 +7,9 @@ that sees the past alone at the last, where it has read the word.
 import numpy as np
 
 from transformer.config import Config
+from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.cross_entropy import token_terms as terms
-from transformer.objectives.terms import Row, token_arrays
-
-__all__ = ["COUNTS_TEXT", "DATA", "arrays", "example", "num_extra_tokens", "terms", "window_length"]
-
-DATA, COUNTS_TEXT = "labelled", False
-
-
-def example(config: Config, tokenizer: Tokenizer, window: Row, rng: np.random.Generator) -> Row:
-    """Returns the row of texts with the class of each word as the target of one of its tokens."""
-    segments, labels = window["segment_ids"], window["labels"]
-    starts = np.flatnonzero(labels >= 0)
-    places = starts if config.model.has_encoder else _last_tokens(starts, segments)
-    targets, weights = np.zeros(len(labels), np.int32), np.zeros(len(labels), np.float32)
-    targets[places], weights[places] = labels[starts], 1
-    row = {name: window[name] for name in ("inputs", "positions", "segment_ids")}
-    return row | {"targets": targets, "weights": weights}
+from transformer.objectives.objective import Objective
 
 
 def _last_tokens(starts: np.ndarray, segments: np.ndarray) -> np.ndarray:
@@ -33,13 +18,15 @@ def _last_tokens(starts: np.ndarray, segments: np.ndarray) -> np.ndarray:
     return np.minimum(np.append(starts[1:], len(segments)), ends) - 1
 
 
-def arrays(config: Config) -> dict[str, tuple[int, str]]:
-    return token_arrays(config.data.sequence_length)
+class TokenClassification(Objective):
+    """A class for each word."""
 
-
-def window_length(config: Config) -> int:
-    return config.data.sequence_length
-
-
-def num_extra_tokens(config: Config) -> int:
-    return 0
+    def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
+        """Returns the row of texts with the class of each word as the target of one of its tokens."""
+        segments, labels = window["segment_ids"], window["labels"]
+        starts = np.flatnonzero(labels >= 0)
+        places = starts if config.model.has_encoder else _last_tokens(starts, segments)
+        targets, weights = np.zeros(len(labels), np.int32), np.zeros(len(labels), np.float32)
+        targets[places], weights[places] = labels[starts], 1
+        row = {name: window[name] for name in ("inputs", "positions", "segment_ids")}
+        return row | {"targets": targets, "weights": weights}

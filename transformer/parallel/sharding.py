@@ -31,8 +31,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_width": (),
-    "state": (),
-    "experts": ("expert",),
     "joined": (),
     "buckets": (),
     "labels": (),

@@ -12,7 +12,7 @@ from transformer.data.batches import validation_batches
 from transformer.data.prepared import Prepared
 from transformer.models.parameters import Tree
 from transformer.models.transformer import Transformer
-from transformer.objectives import objective_of, with_examples
+from transformer.objectives import objective_of
 from transformer.parallel.sharding import global_array, local_rows, replicated
 from transformer.training.step import make_terms
 
@@ -21,9 +21,7 @@ class Evaluator:
     """The compiled evaluation of one model; called with parameters as often as needed."""
 
     def __init__(self, config: Config, prepared: Prepared, model: Transformer, mesh: Mesh):
-        self._objective = objective_of(config)
-        self._config, self._mesh = config, mesh
-        self._prepared = with_examples(prepared, self._objective, config)
+        self._config, self._prepared, self._mesh = config, prepared, mesh
         self._batch_size = config.evaluation.batch_size or config.train.batch_size
         self._rows = local_rows(mesh, self._batch_size)
         self._sums = jax.jit(make_terms(config, model), out_shardings=replicated(mesh))
@@ -54,7 +52,7 @@ class Evaluator:
         result = {"loss": sum(means[name] for name in losses), **means}
         if "cross_entropy" in losses:
             result["tokens"] = int(losses["cross_entropy"][1])
-        if "cross_entropy" in losses and self._objective.COUNTS_TEXT:
+        if "cross_entropy" in losses and objective_of(self._config).COUNTS_TEXT:
             splits = [source.validation for source in self._prepared.sources]
             tokens_per_byte = sum(split.num_tokens for split in splits) / sum(split.num_bytes for split in splits)
             result["bits_per_byte"] = means["cross_entropy"] / math.log(2) * tokens_per_byte

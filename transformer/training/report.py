@@ -1,11 +1,11 @@
 """Everything a run tells the world: files, trackers and console. Only one process does; in the others it is silent."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from transformer.config import Config
 from transformer.training.metrics import MetricsLog
-from transformer.training.plots import draw_loss
 from transformer.training.progress import Progress
 from transformer.training.trackers import trackers
 
@@ -51,7 +51,9 @@ class Report:
             values = [f"{label} {record[name]:.4f}" for name, label in names.items() if name in record]
             self._progress.message(f"step {record['step']}: validation {', '.join(values)}")
             if self._config.tracking.plot:
-                draw_loss(self._workdir / "metrics.jsonl", self._workdir / "loss.png", self._workdir.name)
+                # Loaded here, for it is an extra's.
+                plots = importlib.import_module("transformer.training.plots")
+                plots.draw_loss(self._workdir / "metrics.jsonl", self._workdir / "loss.png", self._workdir.name)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Takes a text that the model wrote."""
