@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from transformer.config import ModelConfig
-from transformer.models.parameters import init_parameters
+from transformer.models.masks import Tokens
+from transformer.models.mixers import Context
+from transformer.models.parameters import bind, init_parameters
+from transformer.models.positions import rotary_angles
 from transformer.models.transformer import Transformer, apply, empty_cache
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -209,3 +212,20 @@ def test_classes_come_from_a_head_of_their_own():
     model, params = build({"architecture": "encoder", "num_labels": 3})
     outputs = apply(model, params, batch_of(model))
     assert outputs.logits(outputs.hidden).shape == (2, LENGTH, 3) and "head" not in params
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "relative"])
+def test_heads_for_further_tokens_are_told_positions(positions):
+    """Their block sees the same states in another order as another text."""
+    model, params = build({"positions": positions, "num_future_tokens": 1, "num_layers": 1})
+    batch = {name: values[:1] for name, values in batch_of(model).items()}
+    module = bind(model, params)
+    assert module.future is not None
+    hidden = jax.random.normal(jax.random.key(2), (1, LENGTH, 16))
+    swapped = jnp.asarray([1, 0, *range(2, LENGTH)])
+    tokens = Tokens(batch["positions"], batch["segment_ids"])
+    angles = rotary_angles(tokens.positions, model.config, 4) if positions == "rotary" else None
+    context = Context(tokens, tokens, rotary=angles)
+    (first,) = module.future(hidden, batch["inputs"], params["embedding"].__getitem__, context)
+    (other,) = module.future(hidden[:, swapped], batch["inputs"][:, swapped], params["embedding"].__getitem__, context)
+    assert not np.allclose(first[0, -1], other[0, -1], atol=1e-4)

@@ -1,5 +1,6 @@
 """Heads that predict tokens beyond the next, in sequence (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from transformer.config import ModelConfig
 from transformer.models.blocks import Block
 from transformer.models.layers import Linear, Norm
-from transformer.models.mixers import Context
+from transformer.models.mixers import Context, make_bias
 
 
 class FutureToken(nnx.Module):
@@ -28,6 +29,7 @@ class FutureTokens(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.heads = nnx.List([FutureToken(config) for _ in range(config.num_future_tokens)])
+        self.bias = make_bias(config, True)
 
     def __call__(
         self,
@@ -41,6 +43,7 @@ class FutureTokens(nnx.Module):
         `following` is the token after each position; the k-th states predict the one k places after that. At the last k
         positions of a row nothing is known to predict from, and what is returned there means nothing.
         """
+        context = dataclasses.replace(context, bias=None if self.bias is None else self.bias())
         states = []
         for number, head in enumerate(self.heads):
             with jax.named_scope(f"future_{number}"):
