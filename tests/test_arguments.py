@@ -254,7 +254,7 @@ def test_a_broken_recipe_is_told_beside_the_flags(recipe: Callable[[str], str]) 
         (["--data.weights", "1", "x"], "data.weights = '1 x': must be any number of values, each a number"),
         (
             ["--optimizer.name", "adam"],
-            "optimizer.name = 'adam': must be one of adamw, sgd (did you mean adamw?)",
+            "optimizer.name = 'adam': must be one of adamw, adafactor, lion, sgd, muon, schedule_free (did you mean adamw?)",
         ),
         (["-model.width", "3"], "'-model.width' is not an option: options begin with --"),
         (["--optimizer.decay-share", "nan"], "optimizer.decay_share = nan: must be a finite number"),

@@ -16,6 +16,7 @@ from transformer.config import (
     DataConfig,
     LayerKind,
     ModelConfig,
+    first_example,
     from_json,
     from_tree,
     get,
@@ -24,7 +25,9 @@ from transformer.config import (
     mentioned,
     mesh_axes,
     mesh_problems,
+    microbatch_starts,
     nearest,
+    num_microbatches,
     parse_layers,
     problems_of,
     replace,
@@ -123,6 +126,29 @@ def test_warmup_in_steps_or_tokens() -> None:
     assert warmup_steps(replace(Config(), **size, optimizer={"warmup_tokens": 80})) == 2
     assert warmup_steps(replace(Config(), **size, optimizer={"warmup_tokens": 81})) == 3
 
+    # Of batches of 1, 2, 3, 4 and then 4 examples.
+    growing = {"batch_size": 4, "num_microbatches": 4, "batch_warmup_steps": 3}
+    for tokens, steps in ((0, 0), (1, 1), (10, 1), (11, 2), (30, 2), (31, 3), (100, 4), (101, 5), (10**30, 2**31)):
+        config = replace(Config(), **size | {"train": growing}, optimizer={"warmup_tokens": tokens})
+        assert warmup_steps(config) == steps
+
+
+@pytest.mark.parametrize(("parts", "warmup"), [(1, 0), (4, 0), (2, 1), (2, 5), (5, 7), (8, 3), (6, 1000)])
+def test_a_batch_grows_by_microbatches(parts: int, warmup: int) -> None:
+    train = {"batch_size": 3 * parts, "num_microbatches": parts, "batch_warmup_steps": warmup}
+    config = replace(Config(), train=train)
+    seen = 0
+    for step in range(warmup + 3):
+        expected = min(parts, 1 + (parts - 1) * step // warmup) if warmup else parts
+        assert num_microbatches(config, step) == expected
+        assert first_example(config, step) == seen
+        seen += 3 * expected
+    far = 2**31 - 1
+    assert first_example(config, far) == seen + (far - warmup - 3) * 3 * parts
+    assert microbatch_starts(config) == tuple(
+        next(step for step in range(warmup + 1) if num_microbatches(config, step) > part) for part in range(parts)
+    )
+
 
 # Validation. Each case is one mistake, and gives one message that names its keys.
 
@@ -182,6 +208,24 @@ def test_every_number_has_a_range(key: str) -> None:
             {"optimizer": {"schedule": "wsd", "warmup_steps": 900}},
             ["optimizer.schedule = 'wsd'", "900", "200", "optimizer.decay_share", "train.num_steps = 1000"],
         ),
+        ({"optimizer": {"name": "schedule_free"}}, ["optimizer.schedule = 'cosine'", "schedule_free", "constant"]),
+        (
+            {"optimizer": {"name": "schedule_free", "schedule": "constant", "beta1": 0.0}},
+            ["optimizer.beta1 = 0.0", "schedule_free"],
+        ),
+        (
+            {"optimizer": {"name": "schedule_free", "schedule": "constant", "ema_decay": 0.9}},
+            ["optimizer.ema_decay = 0.9", "schedule_free"],
+        ),
+        (
+            {"optimizer": {"name": "sgd"}, "model": {"parametrization": "mup"}},
+            ["optimizer.name = 'sgd'", "model.parametrization = 'mup'"],
+        ),
+        ({"train": {"batch_warmup_steps": 10}}, ["train.batch_warmup_steps = 10", "train.num_microbatches = 1"]),
+        (
+            {"train": {"batch_warmup_steps": 1001, "num_microbatches": 4}},
+            ["train.batch_warmup_steps = 1001", "train.num_steps = 1000"],
+        ),
         ({"train": {"num_microbatches": 3}}, ["train.batch_size = 16", "train.num_microbatches = 3"]),
         ({"parallel": {"fsdp": 3}}, ["train.batch_size", "16", "parallel.fsdp"]),
         ({"parallel": {"fsdp": 2, "replica": 8}, "evaluation": {"batch_size": 24}}, ["evaluation.batch_size = 24"]),
@@ -221,6 +265,8 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], named: list[st
         {"optimizer": {"final_ratio": 1.0}},
         {"optimizer": {"schedule": "wsd", "warmup_steps": 800}},
         {"optimizer": {"warmup_steps": 1000}},
+        {"optimizer": {"name": "schedule_free", "schedule": "constant"}, "model": {"parametrization": "mup"}},
+        {"train": {"batch_warmup_steps": 1000, "num_microbatches": 2}},
         {"parallel": {"coordinator": "host:1", "num_processes": 2, "process_id": 0}},
         {"parallel": {"fsdp": 1, "tensor": -1}},
         {"data": {"validation_tail": 0.1}, "model": {"dropout": 0.0}},

@@ -133,6 +133,10 @@ def test_evaluate_is_the_same_on_every_mesh_and_takes_the_whole_split(ask: Calla
     former = json.loads(ask("evaluate", "--json", "--step", "10"))
     assert (former["step"], results[0]["step"]) == (10, 20)
     assert former["cross_entropy"] > results[0]["cross_entropy"]
+    mean = json.loads(ask("evaluate", "--json", "--average", "2"))
+    assert mean["step"] == 20 and mean["cross_entropy"] not in (former["cross_entropy"], results[0]["cross_entropy"])
+    with pytest.raises(ConfigError, match="3 checkpoints cannot be averaged"):
+        ask("generate", "--average", "3")
 
 
 def test_evaluate_beside_the_trigram(ask: Callable[..., str]) -> None:

@@ -37,6 +37,8 @@ class EvaluateOptions:
     """Checkpoint to measure; None: the latest."""
     best: bool = False
     """Measure the checkpoint with the lowest validation loss."""
+    average: int = 1
+    """Measure the mean of the parameters of this many checkpoints, the last of them the one chosen."""
     baseline: bool = False
     """Measure an interpolated byte trigram, made from the same training text, beside it."""
     as_json: Json = False
@@ -64,6 +66,8 @@ class GenerateOptions:
     """Checkpoint to use; None: the latest."""
     best: bool = False
     """Use the checkpoint with the lowest validation loss."""
+    average: int = 1
+    """Use the mean of the parameters of this many checkpoints, the last of them the one chosen."""
     as_json: Json = False
     """Print a JSON list, an object a prompt."""
     config: Overrides = field(default_factory=Config)
@@ -121,7 +125,7 @@ def evaluate(options: EvaluateOptions) -> int:
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
     prepared = with_examples(prepared, objective_of(config), config)
     with jax.set_mesh(mesh):
-        model, params, step = run.load_parameters(mesh, options.step, options.best)
+        model, params, step = run.load_parameters(mesh, options.step, options.best, options.average)
         result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}
     if options.baseline:
         from transformer.data.division import split_texts
@@ -169,7 +173,7 @@ def generate(options: GenerateOptions) -> int:
             print(piece, end="", flush=True)
 
     with jax.set_mesh(mesh):
-        model, params, _ = run.load_parameters(mesh, options.step, options.best)
+        model, params, _ = run.load_parameters(mesh, options.step, options.best, options.average)
         show(0, options.prompt[0])
         draw = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         prompts = list(options.prompt)
@@ -203,7 +207,7 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
     size = config.evaluation.batch_size or config.train.batch_size
     config = replace(config, evaluation={"num_batches": 0, "batch_size": size})
     # Nothing is trained here, so only the batch of the evaluation has to divide.
-    config = replace(config, train={"batch_size": size, "num_microbatches": 1})
+    config = replace(config, train={"batch_size": size, "num_microbatches": 1, "batch_warmup_steps": 0})
     if config.parallel == run.config.parallel and mesh_problems(config, jax.device_count()):
         # The run's own mesh is of another machine. Any number of devices can split the layers themselves.
         shards = math.gcd(size, jax.device_count())

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.checkpointing.run import _absolute, load_run, locked
-from transformer.config import Config, ConfigError, from_json, replace, to_json
+from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.checkpointing.run import Run, _absolute, contradictions, for_platform, load_run, locked
+from transformer.config import CheckpointConfig, Config, ConfigError, from_json, replace, to_json
+from transformer.data.tokenizers import ByteTokenizer
+from transformer.models.parameters import map_specs, parameter_specs
+from transformer.models.transformer import Transformer
 from transformer.parallel.sharding import make_mesh
 from transformer.training import loop
 
@@ -177,6 +182,52 @@ def test_parameters_of_a_run(
         shutil.rmtree(moved / "checkpoints")
         with pytest.raises(ConfigError, match="no checkpoint yet"):
             load_run(moved).load_parameters(mesh)
+
+
+def test_parameters_may_be_the_mean_of_the_last_checkpoints(tiny_config: Make, tmp_path: Path) -> None:
+    config = tiny_config()
+    mesh = make_mesh(config, jax.devices()[:1])
+    specs = parameter_specs(Transformer(for_platform(config.model, "cpu")))
+    rng = np.random.default_rng(0)
+    trees = {step: map_specs(lambda spec: rng.standard_normal(spec.shape, np.float32), specs) for step in (2, 5, 9)}
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep_latest=3)) as checkpoints:
+        for step, tree in trees.items():
+            checkpoints.save(step, jax.tree.map(jnp.asarray, tree), {"step": jnp.int32(step)})
+    run = Run(tmp_path, config, ByteTokenizer(), "")
+
+    def assert_mean(steps: list[int], **options: Any) -> None:
+        _, params, step = run.load_parameters(mesh, **options)
+        assert step == steps[-1]
+        mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64), *(trees[at] for at in steps))
+        jax.tree.map(
+            lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6), params, mean
+        )
+
+    assert_mean([9])
+    assert_mean([5, 9], average=2)
+    assert_mean([2, 5, 9], average=3)
+    assert_mean([2, 5], average=2, step=5)
+    wrong: Any = (
+        ({"average": 4}, "4 checkpoints cannot be averaged: .* has 3 checkpoints up to step 9; checkpoint.keep_latest"),
+        ({"average": 2, "step": 2}, "has 1 checkpoint up to step 2"),
+        ({"average": 0}, "0 checkpoints cannot be averaged"),
+    )
+    for options, sentence in wrong:
+        with pytest.raises(ConfigError, match=sentence):
+            run.load_parameters(mesh, **options)
+
+
+def test_what_an_average_or_a_growing_batch_fixes() -> None:
+    plain = replace(Config(), train={"num_microbatches": 2}, optimizer={"schedule": "constant"})
+    changed = replace(plain, train={"num_microbatches": 4}, optimizer={"beta1": 0.8})
+    assert contradictions(plain, changed) == []
+    growing, schedule_free = {"train": {"batch_warmup_steps": 9}}, {"optimizer": {"name": "schedule_free"}}
+    [problem] = contradictions(replace(plain, **growing), replace(changed, **growing))
+    assert problem.startswith("train.num_microbatches = 4 contradicts")
+    [problem] = contradictions(replace(plain, **schedule_free), replace(changed, **schedule_free))
+    assert problem.startswith("optimizer.beta1 = 0.8 contradicts")
+    [problem] = contradictions(plain, replace(plain, **growing))
+    assert problem.startswith("train.batch_warmup_steps = 9 contradicts")
 
 
 def test_a_config_is_read_back_as_it_was_written(make_run: Make) -> None:

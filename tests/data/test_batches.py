@@ -63,6 +63,32 @@ def test_the_batch_is_the_same_for_any_number_of_processes_and_after_a_resume(
     assert digest([train_batch(config, again, 31, [3, 0])]) == digest([{k: v[[3, 0]] for k, v in whole[31].items()}])
 
 
+@pytest.mark.parametrize("warmup", [1, 3, 7])
+def test_a_batch_that_grows_has_every_example_once(config: Config, prepared: Prepared, warmup: int) -> None:
+    """In their order, in the first rows of the microbatches that there are; the others are padding."""
+    config = replace(config, data={"shuffle": False})
+    growing = replace(config, train={"batch_size": 8, "num_microbatches": 4, "batch_warmup_steps": warmup})
+    plain = replace(config, train={"batch_size": 1})
+    counts, seen = [], 0
+    for step in range(10):
+        batch = train_batch(growing, prepared, step)
+        used = [row for row in range(8) if batch["segment_ids"][row].any()]
+        parts = len(used) // 2
+        assert used == [row for row in range(8) if row % 4 < parts]
+        assert not any(values[row].any() for values in batch.values() for row in range(8) if row not in used)
+        examples = [train_batch(plain, prepared, seen + number) for number in range(len(used))]
+        assert digest([{name: values[used] for name, values in batch.items()}]) == digest([joined(examples)])
+        assert digest([train_batch(growing, prepared, step, [5, 1])]) == digest(
+            [{name: values[[5, 1]] for name, values in batch.items()}]
+        )
+        counts.append(parts)
+        seen += len(used)
+    # A line from one part at the first step to all of them after the warm-up.
+    assert counts == [min(4, 1 + 3 * step // warmup) for step in range(10)]
+    later = list(train_batches(replace(growing, train={"num_steps": 10}), prepared, 8, range(8)))
+    assert digest(later) == digest([train_batch(growing, prepared, step) for step in (8, 9)])
+
+
 def test_shapes_and_types(config: Config, prepared: Prepared) -> None:
     batch = train_batch(config, prepared, 3, [1, 2])
     kinds = {name: (values.dtype.name, values.shape) for name, values in batch.items()}

@@ -18,7 +18,9 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.run import load_run
 from transformer.config import Config, from_json
+from transformer.data.prepare import prepare
 from transformer.data.tokenizers import load_tokenizer
+from transformer.parallel.sharding import make_mesh
 from transformer.training import loop
 from transformer.training.evaluation import Evaluator
 from transformer.training.report import Report
@@ -128,6 +130,36 @@ def test_a_run_goes_on_when_it_is_given_more_steps(
     assert_same_run(tmp_path / "extended", tmp_path / "whole")
 
 
+def test_a_run_that_averages_evaluates_its_average_and_resumes_without(
+    make_run: Make,
+    tmp_path: Path,
+    signal_after: Callable[[int, int], None],
+    assert_same_run: Callable[[Path, Path], None],
+    read_state: Callable[[Path], dict[str, np.ndarray]],
+    read_lines: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    config = make_run(
+        train={"num_steps": 4}, optimizer={"name": "schedule_free", "schedule": "constant", "learning_rate": 1e-2}
+    )
+    assert loop.run(config, tmp_path / "whole") == 0
+    signal_after(2, signal.SIGTERM)
+    workdir = tmp_path / "resumed"
+    assert loop.run(config, workdir) == 143
+    assert loop.run(config, workdir) == 0
+    assert_same_run(workdir, tmp_path / "whole")
+
+    run, trained = load_run(workdir), read_state(workdir)
+    mesh = make_mesh(run.config)
+    with jax.set_mesh(mesh):
+        model, params, _ = run.load_parameters(mesh)
+        prepared = prepare(run.config, False)
+        loss = Evaluator(run.config, prepared, model, mesh)(params)["loss"]
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(params))
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert all(not np.array_equal(leaf, trained[f"params.{name}"]) for name, leaf in found.items())
+    assert loss == pytest.approx(read_lines(workdir)[-1]["loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     tensor: int,
@@ -137,11 +169,11 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     assert_same_run: Callable[[Path, Path], None],
     read_lines: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
-    # Dropout, microbatches and a schedule: all that could depend on how often the run was started.
+    # Dropout, a batch that grows, a schedule and an average: all that could depend on how often the run was started.
     config = make_run(
         model={"dropout": 0.1},
-        optimizer={"schedule": "cosine", "warmup_steps": 4},
-        train={"num_microbatches": 2, "batch_size": 16},
+        optimizer={"schedule": "cosine", "warmup_steps": 4, "ema_decay": 0.8},
+        train={"num_microbatches": 2, "batch_size": 16, "batch_warmup_steps": 9},
         parallel={"tensor": tensor},
     )
     assert loop.run(config, tmp_path / "whole") == 0

@@ -76,6 +76,33 @@ def test_a_microbatch_without_any_weight(tiny_config, tiny_batch):
     assert metrics["tokens"] == np.sum(batch["weights"] > 0) > 0
 
 
+def test_a_batch_that_grows_gives_the_gradient_of_its_rows(tiny_config, tiny_batch):
+    growing = {"num_microbatches": 4, "batch_warmup_steps": 6, "num_steps": 20}
+    descent = {"name": "sgd", "clip_norm": 0.0, "schedule": "constant", "learning_rate": 1.0}
+    config = tiny_config(train=growing, optimizer=descent)
+    step, state = begin(config)
+    traces = step._cache_size()
+    whole = jax.jit(make_gradient(tiny_config(), Transformer(config.model)), compiler_options=QUICK)
+    batch = tiny_batch(config)
+    for number, parts in ((0, 1), (3, 2), (4, 3), (6, 4), (19, 4)):
+        rows = np.arange(8) % 4 < parts
+        used = {name: np.where(rows[:, None], values, 0) for name, values in batch.items()}
+        expected, wanted = whole(state.params, jax.tree.map(jnp.asarray, used), None)
+        at = TrainState(jnp.int32(number), state.params, state.opt_state, state.nonfinite_steps)
+        after, metrics = step(at, used)
+        assert distance(jax.tree.map(jnp.subtract, state.params, after.params), expected) < 1e-5
+        assert metrics["gradient_norm"] == pytest.approx(optax.tree.norm(expected).item(), rel=1e-5)
+        assert metrics["loss"] == pytest.approx(wanted["loss"].item(), rel=1e-6)
+        assert metrics["tokens"] == np.sum(used["weights"] > 0)
+    assert step._cache_size() == traces + 1
+    # What is beyond the rows in use is not even looked at.
+    state = TrainState(jnp.int32(0), state.params, state.opt_state, state.nonfinite_steps)
+    poisoned = {name: np.where(np.arange(8)[:, None] % 4 < 1, values, 7) for name, values in batch.items()}
+    poisoned["weights"] = np.where(np.arange(8)[:, None] % 4 < 1, batch["weights"], 0)
+    used = {name: np.where(np.arange(8)[:, None] % 4 < 1, values, 0) for name, values in batch.items()}
+    assert_same_bits(step(state, poisoned)[0], step(state, used)[0])
+
+
 def test_microbatches_save_memory_and_cost_no_second_forward_pass(tiny_config, tiny_batch):
     def compiled(parts: int) -> Any:
         config = tiny_config(train={"num_microbatches": parts, "batch_size": 32})
@@ -119,9 +146,9 @@ def test_the_step_is_the_gradient_then_the_optimizer_then_the_rate(tiny_config, 
     step, state = begin(config)
     optimizer = make_optimizer(config, parameter_specs(Transformer(config.model)))
     _, gradient, _ = gradient_of(config, batch)
-    updates, _ = optimizer.update(gradient, state.opt_state, state.params)
+    updates, _ = optimizer.update(gradient, state.opt_state, state.params, rate=0.01 / 3)
     after, metrics = step(state, batch)
-    expected = jax.tree.map(lambda p, u: p - 0.01 / 3 * u, state.params, updates)
+    expected = optax.apply_updates(state.params, updates)
     assert distance(after.params, expected) < 1e-5
     norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)))
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5)

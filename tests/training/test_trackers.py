@@ -10,7 +10,8 @@ import pytest
 
 import transformer
 from transformer.config import Config, ConfigError, replace
-from transformer.training.trackers import TRACKERS, TensorBoard, trackers
+from transformer.training.tensorboard import TensorBoard
+from transformer.training.trackers import TRACKERS, trackers
 from transformer.training.weights_and_biases import WeightsAndBiases
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboardX"), reason="extra tracking")

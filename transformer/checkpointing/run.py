@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import glob
 import json
 from collections.abc import Iterator
@@ -48,8 +49,8 @@ FIXED = (
     *("data.sequence_length", "data.source_length", "data.window_length"),
     *("data.shuffle", "data.shift_windows", "data.weights"),
     *(key for key in keys() if key.startswith("objective.") and key not in MAY_CHANGE),
-    *("optimizer.name", "optimizer.momentum"),
-    *("train.batch_size", "seed"),
+    *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay"),
+    *("train.batch_size", "train.batch_warmup_steps", "seed"),
 )
 """Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""
 
@@ -63,8 +64,14 @@ class Run:
     tokenizer: Tokenizer
     data_fingerprint: str
 
-    def load_parameters(self, mesh: Mesh, step: int | None = None, best: bool = False) -> tuple[Transformer, Tree, int]:
-        """Returns the model, its parameters laid out over `mesh`, and their step: the latest unless told otherwise."""
+    def load_parameters(
+        self, mesh: Mesh, step: int | None = None, best: bool = False, average: int = 1
+    ) -> tuple[Transformer, Tree, int]:
+        """Returns the model, its parameters laid out over `mesh`, and their step: the latest unless told otherwise.
+
+        With `average`, the parameters are the mean of those of that many checkpoints, the last of them that of the step
+        (Vaswani et al. 2017, arXiv:1706.03762, section 6.1). Raises ConfigError if there are not as many.
+        """
         model = Transformer(for_platform(self.config.model, jax.default_backend()))
         abstract = map_specs(
             lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
@@ -76,11 +83,26 @@ class Run:
         with Checkpoints(directory) as checkpoints:
             available = checkpoints.steps()
             chosen = (checkpoints.best_step() if best else checkpoints.latest_step()) if step is None else step
+            listed = ", ".join(map(str, available)) or "none"
             if chosen not in available:
-                listed = ", ".join(map(str, available)) or "none"
                 wanted = "with a validation loss" if chosen is None else f"of step {chosen}"
                 raise ConfigError(f"{self.workdir} has no checkpoint {wanted}; there are: {listed}")
-            return model, checkpoints.restore(chosen, params=abstract)["params"], chosen
+            until = [at for at in available if at <= chosen]
+            if not 0 < average <= len(until):
+                count = f"{len(until)} checkpoint{'s' * (len(until) != 1)} up to step {chosen}"
+                advice = "checkpoint.keep_latest says how many a run keeps"
+                raise ConfigError(f"{average} checkpoints cannot be averaged: {self.workdir} has {count}; {advice}")
+            # One after another, so that no more than two are in memory.
+            params = checkpoints.restore(chosen, params=abstract)["params"]
+            for number, at in enumerate(reversed(until[-average:-1]), start=2):
+                params = _toward(params, checkpoints.restore(at, params=abstract)["params"], number)
+            return model, params, chosen
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _toward(mean: Tree, other: Tree, number: Any) -> Tree:
+    """Returns the mean of `number` trees, of which `other` is the last and `mean` is that of those before."""
+    return jax.tree.map(lambda old, new: old + (new - old) / number, mean, other)
 
 
 def load_run(workdir: Path) -> Run:
@@ -97,9 +119,12 @@ def load_run(workdir: Path) -> Run:
 
 def contradictions(old: Config, new: Config) -> list[str]:
     """Returns a sentence for each fixed key in which `new` differs from the run's `old` configuration."""
+    # A batch that grows does so by microbatches; a schedule-free run keeps points from which beta1 tells the average.
+    grows, averages = old.train.batch_warmup_steps > 0, old.optimizer.name == "schedule_free"
+    fixed = (*FIXED, *["train.num_microbatches"] * grows, *["optimizer.beta1"] * averages)
     return [
         f"{key} = {get(new, key)!r} contradicts the run, which has {get(old, key)!r}"
-        for key in FIXED
+        for key in fixed
         if get(old, key) != get(new, key)
     ]
 

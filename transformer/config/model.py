@@ -73,7 +73,7 @@ class ModelConfig:
     head_width: int | None = None
     """Width of a head (H); None: width / num_heads."""
     attention_scale: float | None = None
-    """Factor of the products of queries and keys; None: 1 / sqrt(H)."""
+    """Factor of the products of queries and keys; None: 1 / sqrt(H), or 8 / H under muP."""
     attention_soft_cap: float = 0.0
     """Attention's logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
     qk_norm: bool = False
@@ -101,6 +101,9 @@ class ModelConfig:
     activation: Activation = "gelu"
     """Feed-forward kind: an MLP with one of these functions (GELU in its tanh form), or a gated one (…glu)."""
 
+    balance_bias_rate: float = 0.0
+    """Step of a bias on the router's choice that balances without a loss. 0: no bias."""
+
     # Norms, residuals, scales.
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     """Normalisation: LayerNorm, RMSNorm or none."""
@@ -115,7 +118,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     """Factor of each sublayer's output."""
     embedding_scale: float | None = None
-    """Factor of the embeddings; None: sqrt(width) with sinusoidal positions, otherwise 1."""
+    """Factor of the embeddings; None: sqrt(width), or under muP of base_width, with sinusoidal positions, else 1."""
     biases: bool = False
     """Biases in linear layers and in LayerNorm."""
     logit_soft_cap: float = 0.0
@@ -130,6 +133,10 @@ class ModelConfig:
     """Standard deviation of initial weights."""
     depth_scaled_init: bool = True
     """Weights that write to the residual stream begin 1 / sqrt(2 * num_layers) as large."""
+    parametrization: Literal["standard", "mup"] = "standard"
+    """`mup`: scales, learning rates and logits follow the width, so that one learning rate serves all widths."""
+    base_width: int = 128
+    """Width at which `mup` is the same as `standard`, for heads of 64."""
 
     # Positions.
     positions: Literal["rotary", "learned", "sinusoidal", "alibi", "relative", "none"] = "rotary"
@@ -158,6 +165,11 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of weights inside matrix products; parameters and softmax stay in float32."""
+
+    @property
+    def width_ratio(self) -> float:
+        """How many times as wide as the one whose learning rate muP lets it share; 1 without muP."""
+        return self.width / self.base_width if self.parametrization == "mup" else 1.0
 
     @property
     def kv_heads(self) -> int:

@@ -5,6 +5,7 @@ overrides single keys (`transformer/arguments.py`); `validate` reports every mis
 imports neither JAX nor any other heavy package, so that `--help` answers quickly.
 """
 
+import bisect
 import dataclasses
 import difflib
 import functools
@@ -135,12 +136,12 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """How gradients become updates."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"] = "adamw"
+    """Optimizer; `schedule_free` is AdamW with averaging in the place of a schedule, which must be `constant`."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
-    """Learning rate after the warm-up; `wsd` (warm-up, stable, decay) is constant and then falls linearly."""
+    """Learning rate after the warm-up; `wsd` is constant and then falls linearly, `inverse_sqrt` falls forever."""
     warmup_steps: int = 0
     """Steps over which the learning rate grows linearly from 0."""
     warmup_tokens: int = 0
@@ -150,17 +151,30 @@ class OptimizerConfig:
     decay_share: float = 0.2
     """Share of the steps over which `wsd` decays."""
     beta1: float = 0.9
-    """Decay of AdamW's first moment; momentum of sgd is separate."""
+    """Decay of the first moment (adamw, muon's Adam, lion), or weight of the average where schedule_free computes
+    gradients; momentum of sgd and muon is separate."""
     beta2: float = 0.95
-    """Decay of AdamW's second moment."""
+    """Decay of the second moment (adamw, muon's Adam, schedule_free), of the only one of lion."""
     epsilon: float = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Added to the root of Adam's second moment."""
     momentum: float = 0.0
     """Momentum of sgd."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices and embeddings (AdamW); biases and norms are never decayed."""
+    """Decoupled decay of matrices, embeddings and head (all but sgd); biases and norms are never decayed."""
     clip_norm: float = 1.0
     """Largest global norm of a gradient; longer ones are scaled down to it. 0: no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, which then is what is evaluated and kept. 0: no average."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon."""
+    matrix_rate: float = 1.0
+    """Multiplies the learning rate of matrices inside the layers."""
+    embedding_rate: float = 1.0
+    """Multiplies the learning rate of embeddings."""
+    head_rate: float = 1.0
+    """Multiplies the learning rate of the output head where it is not the embedding."""
+    vector_rate: float = 1.0
+    """Multiplies the learning rate of norms, biases and other vectors."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,8 @@ class TrainConfig:
     """Examples in the global batch (B), over all devices and microbatches."""
     num_microbatches: int = 1
     """Parts into which a step splits its batch to save memory; the gradient is that of the whole batch."""
+    batch_warmup_steps: int = 0
+    """Steps over which the batch grows, a microbatch at a time, from one of them to num_microbatches."""
     max_nonfinite_steps: int = 10
     """Steps with a non-finite gradient are skipped; this many in a row end the run."""
     log_every_steps: int = 10
@@ -343,7 +359,30 @@ def known_vocab_size(data: DataConfig) -> int | None:
     return data.tokenizer_vocab_size if trained else BYTE_VOCAB_SIZE if data.tokenizer == "bytes" else None
 
 
+def microbatch_starts(config: Config) -> tuple[int, ...]:
+    """Returns for each microbatch the first step, counted from 0, whose batch has it.
+
+    All but the first come in evenly over `train.batch_warmup_steps`, so that the batch grows linearly.
+    """
+    parts, warmup = config.train.num_microbatches, config.train.batch_warmup_steps
+    return tuple(-(-part * warmup // max(1, parts - 1)) for part in range(parts))
+
+
+def num_microbatches(config: Config, step: int) -> int:
+    """Returns how many microbatches the batch of a step, counted from 0, has."""
+    return sum(step >= start for start in microbatch_starts(config))
+
+
+def first_example(config: Config, step: int) -> int:
+    """Returns how many examples the batches before that of a step, counted from 0, have."""
+    size = config.train.batch_size // config.train.num_microbatches
+    return size * sum(max(0, step - start) for start in microbatch_starts(config))
+
+
 def warmup_steps(config: Config) -> int:
-    """Returns the length of the warm-up in steps, whichever way it is given."""
-    tokens_per_step = max(1, config.train.batch_size * config.data.sequence_length)
-    return config.optimizer.warmup_steps or math.ceil(config.optimizer.warmup_tokens / tokens_per_step)
+    """Returns the length of the learning rate's warm-up in steps, whichever way it is given."""
+    examples = -(-config.optimizer.warmup_tokens // max(1, config.data.sequence_length))
+    if config.optimizer.warmup_steps or not 0 < config.train.num_microbatches <= config.train.batch_size:
+        return config.optimizer.warmup_steps
+    longest = range(min(examples, 2**31))
+    return bisect.bisect_left(longest, examples, key=lambda steps: first_example(config, steps))

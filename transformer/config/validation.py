@@ -26,11 +26,12 @@ _NOT_NEGATIVE = (
     "checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_steps "
     "parallel.cpu_devices parallel.num_processes profile.start_step profile.num_steps seed objective.future_weight "
     "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
-    "model.num_global_blocks model.num_random_blocks"
+    "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps model.balance_bias_rate "
+    "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate"
 ).split()
 _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
-    "optimizer.beta1 optimizer.beta2 optimizer.momentum "
+    "optimizer.beta1 optimizer.beta2 optimizer.momentum optimizer.ema_decay optimizer.muon_momentum "
     "objective.label_smoothing objective.mask_rate objective.middle_rate objective.suffix_first_rate model.rotary_share"
 ).split()
 _MAY_BE_ONE = ("optimizer.final_ratio", "objective.middle_rate", "objective.suffix_first_rate", "model.rotary_share")
@@ -211,6 +212,12 @@ def _run_problems(config: Config) -> Iterator[str]:
     elif optimizer.schedule == "wsd" and warmup + decay > train.num_steps:
         parts = f"the warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
         yield f"optimizer.schedule = 'wsd': {parts}"
+    yield from _optimizer_problems(config)
+    if train.batch_warmup_steps > max(0, train.num_steps):
+        yield f"train.batch_warmup_steps = {train.batch_warmup_steps} is longer than {total}"
+    elif train.batch_warmup_steps and train.num_microbatches == 1:
+        parts = "train.num_microbatches = 1: the batch grows by whole microbatches"
+        yield f"train.batch_warmup_steps = {train.batch_warmup_steps} needs more than {parts}"
     if train.num_microbatches > 0 and train.batch_size % train.num_microbatches:
         parts = f"train.num_microbatches = {train.num_microbatches}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"
@@ -230,6 +237,21 @@ def _run_problems(config: Config) -> Iterator[str]:
     elif all(distributed) and parallel.process_id >= parallel.num_processes:
         count = f"parallel.num_processes = {parallel.num_processes}"
         yield f"parallel.process_id = {parallel.process_id}: must be below {count}"
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    optimizer, name = config.optimizer, f"optimizer.name = {config.optimizer.name!r}"
+    if optimizer.name == "sgd" and config.model.parametrization == "mup":
+        yield f"{name} has no learning rates that follow the width: model.parametrization = 'mup' needs another"
+    if optimizer.name != "schedule_free":
+        return
+    if optimizer.schedule != "constant":
+        wanted = "averages in the place of a schedule: it needs 'constant'"
+        yield f"optimizer.schedule = {optimizer.schedule!r}: {name} {wanted}"
+    if optimizer.beta1 == 0:
+        yield f"optimizer.beta1 = {optimizer.beta1}: {name} needs more than 0"
+    if optimizer.ema_decay:
+        yield f"optimizer.ema_decay = {optimizer.ema_decay}: {name} averages the weights already; leave it at 0"
 
 
 def mesh_problems(config: Config, num_devices: int) -> list[str]:

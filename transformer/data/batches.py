@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from transformer.config import Config
+from transformer.config import Config, first_example, num_microbatches
 from transformer.data.prepared import Prepared, Source
 from transformer.data.shards import Window, pseudo_random
 
@@ -21,16 +21,24 @@ objective's rows have; padding has segment 0 and weight 0.
 
 
 def train_batch(config: Config, prepared: Prepared, step: int, rows: Sequence[int] | None = None) -> Batch:
-    """Returns the given rows (all, if None) of the global batch of a step, counted from 0."""
-    data, size = config.data, config.train.batch_size
+    """Returns the given rows (all, if None) of the global batch of a step, counted from 0.
+
+    Microbatch m of M has rows m, m + M, ...; those of microbatches that the step does not have yet are padding.
+    """
+    data, parts = config.data, config.train.num_microbatches
+    first, used = first_example(config, step), num_microbatches(config, step)
     weights = data.weights or tuple(float(source.train.num_tokens) for source in prepared.sources)
     choices = _choices(prepared.sources, weights, data.shuffle, config.seed)
     made: list[Window] = []
-    for row in range(size) if rows is None else rows:
-        source, number, epoch = choices[step * size + row]
+    for row in range(config.train.batch_size) if rows is None else rows:
+        if row % parts >= used:
+            made.append({})
+            continue
+        example = first + row // parts * used + row % parts
+        source, number, epoch = choices[example]
         cut = config.seed if data.shift_windows and epoch else None
         window = prepared.sources[source].train.window(number, cut, epoch)
-        made.append(_make(prepared, window, config.seed, step * size + row))
+        made.append(_make(prepared, window, config.seed, example))
     return _batch(config, prepared, made)
 
 

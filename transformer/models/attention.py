@@ -1,6 +1,7 @@
 """Attention with many heads as a layer: of a text to itself, and of a decoder to what its encoder read."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -26,6 +27,17 @@ def split_heads(x: Float[Array, "B T E"], count: int, name: str) -> Float[Array,
     return constrain(x.reshape(*x.shape[:2], count, -1), "batch", "length", name, "head_width")
 
 
+def attention_scale(config: ModelConfig) -> float:
+    """Returns the factor of the products of queries and keys.
+
+    Under muP it falls with the head width itself (Yang et al. 2022, arXiv:2203.03466, definition 4.1), and is that of
+    the standard parametrisation for heads of 64.
+    """
+    if config.attention_scale is not None:
+        return config.attention_scale
+    return 8 / config.head_dim if config.parametrization == "mup" else 1 / math.sqrt(config.head_dim)
+
+
 class Heads(nnx.Module):
     """Projections of queries, keys, values and output; heads are stored side by side, [D, N * H]."""
 
@@ -47,7 +59,7 @@ class Heads(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns what the queries gather from the values, heads joined and projected."""
         config = self.config
-        options = {"bias": bias, "scale": config.attention_scale, "soft_cap": config.attention_soft_cap}
+        options = {"bias": bias, "scale": attention_scale(config), "soft_cap": config.attention_soft_cap}
         output = attend(config.attention_implementation, query, key, value, mask, **options)
         return self.output(output.reshape(*query.shape[:2], -1))
 

@@ -166,7 +166,8 @@ class Transformer(nnx.Module):
             x = table[tokens]
             scale = config.embedding_scale
             if scale is None:
-                scale = math.sqrt(config.width) if config.positions == "sinusoidal" else 1.0
+                # Under muP nothing that multiplies an embedding may grow with the width.
+                scale = math.sqrt(config.width / config.width_ratio) if config.positions == "sinusoidal" else 1.0
             x = x if scale == 1 else x * scale
             if self.positions is not None:
                 x = x + constrain(self.positions[...].astype(x.dtype), "positions", "hidden")[positions]
@@ -179,6 +180,8 @@ class Transformer(nnx.Module):
         are over its labels."""
         config = self.config
         with jax.named_scope("logits"):
+            if config.width_ratio != 1:
+                hidden = hidden / config.width_ratio
             if self.classifier is not None:
                 return self.classifier(hidden).astype(jnp.float32)
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)

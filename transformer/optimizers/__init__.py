@@ -1,6 +1,16 @@
 """Optimizers and learning-rate schedules, built from optax and found by name in two tables."""
 
-from transformer.optimizers.optimizers import OPTIMIZERS, make_optimizer
+from transformer.optimizers.averaging import evaluated, is_averaged, replace_average
+from transformer.optimizers.optimizers import OPTIMIZERS, gradient_norm, make_optimizer
 from transformer.optimizers.schedules import SCHEDULES, make_schedule
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "make_optimizer", "make_schedule"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "evaluated",
+    "gradient_norm",
+    "is_averaged",
+    "make_optimizer",
+    "make_schedule",
+    "replace_average",
+]

@@ -1,35 +1,52 @@
-"""Gradient transformations by name. The step multiplies what they return by minus the learning rate."""
+"""Gradient transformations by name. `update(gradients, state, params, rate=learning rate)` gives what is added."""
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
-from transformer.config import Config, OptimizerConfig
-from transformer.models.parameters import Tree, map_specs
+from transformer.config import Config
+from transformer.models.parameters import Tree, is_spec, map_specs
+from transformer.optimizers.averaging import moving_average
+
+Rule = Callable[[Config, Tree], optax.GradientTransformationExtraArgs]
 
 
-def _adamw(config: OptimizerConfig, specs: Tree) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    decayed = map_specs(lambda spec: spec.role in ("matrix", "embedding", "head"), specs)
-    return optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, decayed),
-    )
-
-
-def _sgd(config: OptimizerConfig, specs: Tree) -> optax.GradientTransformation:
-    return optax.trace(config.momentum) if config.momentum else optax.identity()
-
-
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Tree], optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "sgd": _sgd,
+OPTIMIZERS: dict[str, tuple[str, str]] = {
+    "adamw": ("transformer.optimizers.adamw", "adamw"),
+    "adafactor": ("transformer.optimizers.adafactor", "adafactor"),
+    "lion": ("transformer.optimizers.lion", "lion"),
+    "sgd": ("transformer.optimizers.sgd", "sgd"),
+    "muon": ("transformer.optimizers.muon", "muon"),
+    "schedule_free": ("transformer.optimizers.schedule_free", "schedule_free"),
 }
+"""Module and `Rule` by name, loaded when a run asks for them."""
 
 
-def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformation:
-    """Returns clipping by the global norm followed by the optimizer's own rule, learning rate left out."""
+def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformationExtraArgs:
+    """Returns clipping by the global norm, then the rule that the configuration names, then an average if it wants one.
+
+    Parameters of role `balance` are apart from all this: against the sign of their gradient, they take steps of
+    `model.balance_bias_rate` (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), and the norm leaves them out.
+    """
+    module, name = OPTIMIZERS[config.optimizer.name]
+    rule: Rule = getattr(importlib.import_module(module), name)
     norm = config.optimizer.clip_norm
     # The state has the same form with and without clipping, so that a run may change its mind.
     clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
-    return optax.chain(clip, OPTIMIZERS[config.optimizer.name](config.optimizer, specs))
+    weights = map_specs(lambda spec: optax.MaskedNode() if spec.role == "balance" else spec, specs)
+    optimizer = optax.chain(clip, rule(config, weights))
+    if any(spec.role == "balance" for spec in jax.tree.leaves(specs, is_leaf=is_spec)):
+        balance = optax.chain(optax.scale_by_sign(), optax.scale(-config.model.balance_bias_rate))
+        labels = map_specs(lambda spec: "balance" if spec.role == "balance" else "weights", specs)
+        optimizer = optax.partition({"weights": optimizer, "balance": balance}, labels)
+    decay = config.optimizer.ema_decay
+    return optax.chain(optimizer, moving_average(decay)) if decay else optimizer
+
+
+def gradient_norm(gradients: Tree, specs: Tree) -> Any:
+    """Returns the norm that clipping looks at, that of all parameters but those of role `balance`."""
+    leaves = zip(jax.tree.leaves(gradients), jax.tree.leaves(specs, is_leaf=is_spec), strict=True)
+    return optax.tree.norm([gradient for gradient, spec in leaves if spec.role != "balance"])

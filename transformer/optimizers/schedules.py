@@ -23,14 +23,14 @@ def _wsd(config: OptimizerConfig, steps: int, total: int) -> optax.Schedule:
     return optax.linear_schedule(config.learning_rate, last, max(1, decay), transition_begin=steps - decay)
 
 
+def _inverse_sqrt(config: OptimizerConfig, steps: int, total: int) -> optax.Schedule:
+    """Falls with the root of the number of the step (Vaswani et al. 2017, arXiv:1706.03762, section 5.3)."""
+    warmup = total - steps
+    return lambda count: config.learning_rate * jnp.sqrt(warmup / (warmup + jnp.maximum(count, 0)))
+
+
 def _constant(config: OptimizerConfig, steps: int, total: int) -> optax.Schedule:
     return optax.constant_schedule(config.learning_rate)
-
-
-def _inverse_sqrt(config: OptimizerConfig, steps: int, total: int) -> optax.Schedule:
-    """Falls with the root of the step (Vaswani et al. 2017, section 5.3)."""
-    warmup = total - steps
-    return lambda count: config.learning_rate * jnp.sqrt(warmup / (warmup + count))
 
 
 SCHEDULES: dict[str, Callable[[OptimizerConfig, int, int], optax.Schedule]] = {

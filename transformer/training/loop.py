@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import itertools
 import time
 from collections import deque
@@ -18,12 +19,11 @@ from transformer.checkpointing.run import CHECKPOINTS, for_platform, locked, ope
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
-from transformer.inference.generate import can_generate, generate, max_new_tokens
 from transformer.models.flops import peak_flops, training_flops_per_token
-from transformer.models.parameters import num_parameters, parameter_specs
+from transformer.models.parameters import Tree, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
-from transformer.optimizers import make_optimizer
+from transformer.optimizers import is_averaged, make_optimizer, replace_average
 from transformer.parallel.sharding import batch_sharding, global_array, local_rows, make_mesh, replicated
 from transformer.training.evaluation import Evaluator
 from transformer.training.preemption import Signals, Vote
@@ -75,11 +75,16 @@ def run(config: Config, workdir: Path) -> int:
 def restore(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:
     """Returns the state of checkpoint `step`, laid out as `abstract` says."""
     stored = checkpoints.restore(step, params=abstract.params, rest=_rest(abstract))
-    return TrainState(params=stored["params"], **stored["rest"])
+    evaluated, rest = stored["params"], stored["rest"]
+    opt_state = replace_average(rest["opt_state"], evaluated)
+    return TrainState(rest["step"], rest.get("params", evaluated), opt_state, rest["nonfinite_steps"])
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "opt_state": state.opt_state, "nonfinite_steps": state.nonfinite_steps}
+    """Returns what a checkpoint has of a state besides the parameters that are evaluated."""
+    opt_state = replace_average(state.opt_state, ())
+    rest = {"step": state.step, "opt_state": opt_state, "nonfinite_steps": state.nonfinite_steps}
+    return rest | ({"params": state.params} if is_averaged(state.opt_state) else {})
 
 
 class Loop:
@@ -232,7 +237,7 @@ class Loop:
             loss, status = self._validate(step, state)
         self.report.sync()
         if saves or status:
-            self.checkpoints.save(step, state.params, _rest(state), loss)
+            self.checkpoints.save(step, state.evaluated(), _rest(state), loss)
         if status > 128:
             self.checkpoints.wait()
             self.report.message(f"stopped by a signal after step {step}; saved, the same command goes on from here")
@@ -241,21 +246,24 @@ class Loop:
 
     def _validate(self, step: int, state: TrainState) -> tuple[float | None, int]:
         """Returns the validation loss and 0, or None and the exit status of a signal that came meanwhile."""
-        result = self.evaluator(state.params, lambda: self.vote.read(self.vote.cast()))
+        params = state.evaluated()
+        result = self.evaluator(params, lambda: self.vote.read(self.vote.cast()))
         if "interrupted_by" in result:
             return None, 128 + result["interrupted_by"]
         self.report.validation({"step": step, "split": "validation", **result})
-        self._sample(step, state)
+        self._sample(step, params)
         return result["loss"], 0
 
-    def _sample(self, step: int, state: TrainState) -> None:
-        if not can_generate(self.model):
+    def _sample(self, step: int, params: Tree) -> None:
+        prompt, length = self.config.evaluation.sample_prompt, self.config.evaluation.sample_tokens
+        # Loaded by those runs alone that show samples.
+        inference = importlib.import_module("transformer.inference.generate") if length > 0 else None
+        if inference is None or not inference.can_generate(self.model):
             return
-        prompt, tokenizer = self.config.evaluation.sample_prompt, self.prepared.tokenizer
-        length = self.config.evaluation.sample_tokens
-        room = max_new_tokens(self.model, len(tokenizer.encode(prompt)) + 1)
+        tokenizer = self.prepared.tokenizer
+        room = inference.max_new_tokens(self.model, len(tokenizer.encode(prompt)) + 1)
         length = length if room is None else min(length, room)
         if length > 0:
             options = {"temperature": 0.8, "seed": self.config.seed}
-            [generation] = generate(self.model, state.params, tokenizer, [prompt], length, **options)
+            [generation] = inference.generate(self.model, params, tokenizer, [prompt], length, **options)
             self.report.sample(step, prompt, generation.text)

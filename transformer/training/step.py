@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from transformer.config import Config
-from transformer.models.parameters import Tree
+from transformer.config import Config, microbatch_starts
+from transformer.models.parameters import Tree, parameter_specs
 from transformer.models.transformer import Transformer, apply
 from transformer.objectives import Terms, normalize, objective_of
-from transformer.optimizers import make_schedule
+from transformer.optimizers import gradient_norm, make_schedule
 from transformer.training.state import TrainState
 
 Batch = Mapping[str, Array]
@@ -21,21 +21,26 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
-    config: Config, model: Transformer, optimizer: optax.GradientTransformation, shardings: TrainState | None = None
+    config: Config,
+    model: Transformer,
+    optimizer: optax.GradientTransformationExtraArgs,
+    shardings: TrainState | None = None,
 ) -> TrainStep:
     """Returns the step for `config`; `shardings` pin the gradients to the layout of their parameters."""
-    schedule = make_schedule(config)
+    schedule, specs, starts = make_schedule(config), parameter_specs(model), microbatch_starts(config)
     gradient = make_gradient(config, model, None if shardings is None else shardings.params)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
-        gradients, metrics = gradient(state.params, batch, key)
+        # While the batch grows, the number of its microbatches is known to the device alone.
+        parts = jnp.sum(state.step >= jnp.asarray(starts)) if starts[-1] else len(starts)
+        gradients, metrics = gradient(state.params, batch, key, parts)
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(gradients)
+            norm = gradient_norm(gradients, specs)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, rate=rate)
+            params = optax.apply_updates(state.params, updates)
+            finite = jnp.isfinite(optax.tree.norm(gradients)) & jnp.isfinite(metrics["loss"])
 
             def keep(new: Any, old: Any) -> Any:
                 return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -54,13 +59,12 @@ def make_terms(config: Config, model: Transformer) -> Callable[..., Terms]:
     return lambda params, batch, key=None: terms(config.objective, apply(model, params, batch, key), batch)
 
 
-def make_gradient(
-    config: Config, model: Transformer, layout: Any = None
-) -> Callable[[Tree, Batch, Array | None], tuple[Tree, Metrics]]:
-    """Returns the function from (params, batch, dropout key) to the batch's gradient and metrics.
+def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Callable[..., tuple[Tree, Metrics]]:
+    """Returns the function from (params, batch, dropout key, microbatches) to the batch's gradient and metrics.
 
     The batch may be split into microbatches whose gradients are summed. Each term of the loss is divided by its
-    weight in the whole batch, so that the sum is the gradient of the whole however unevenly the weights fall.
+    weight in the whole batch, so that the sum is the gradient of the whole however unevenly the weights fall. All parts
+    count, unless a number of them is given, an int32 scalar; those beyond have to be padding.
     """
     terms_of = make_terms(config, model)
     parts = config.train.num_microbatches
@@ -73,27 +77,27 @@ def make_gradient(
     def pin(gradients: Tree) -> Tree:
         return gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
 
-    def gradient(params: Tree, batch: Batch, key: Array | None) -> tuple[Tree, Metrics]:
+    def gradient(params: Tree, batch: Batch, key: Array | None, used: Any = parts) -> tuple[Tree, Metrics]:
         differentiate = jax.value_and_grad(part_loss, has_aux=True)
         if parts == 1:
             (loss, (means, statistics)), gradients = differentiate(params, batch, key, None)
             gradients = pin(gradients)
         else:
             # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
-            statistics = jax.eval_shape(lambda *inputs: terms_of(*inputs).statistics, params, batch)
-            weights = {name: weight for name, (_, weight) in terms_of(params, batch).losses.items()}
-
-            def accumulate(total: Any, this: Any) -> tuple[Any, None]:
-                number, part = this
-                part_key = None if key is None else jax.random.fold_in(key, number)
-                (loss, (means, statistics)), gradients = differentiate(params, part, part_key, weights)
-                return jax.tree.map(jnp.add, total, (pin(gradients), loss, means, statistics)), None
-
+            whole = terms_of(params, batch)
+            weights = {name: weight for name, (_, weight) in whole.losses.items()}
             # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
             split = {n: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
-            zero = (params, jnp.zeros(()), {name: jnp.zeros(()) for name in weights}, statistics)
+
+            def accumulate(number: Any, total: Any) -> Any:
+                part = {name: values[number] for name, values in split.items()}
+                part_key = None if key is None else jax.random.fold_in(key, number)
+                (loss, (means, statistics)), gradients = differentiate(params, part, part_key, weights)
+                return jax.tree.map(jnp.add, total, (pin(gradients), loss, means, statistics))
+
+            zero = (params, jnp.zeros(()), weights, whole.statistics)
             zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), zero)
-            (gradients, loss, means, statistics), _ = jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))
+            gradients, loss, means, statistics = jax.lax.fori_loop(0, used, accumulate, zero)
         reported = means | (normalize(statistics)[1] if statistics else {})
         return gradients, {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
 
