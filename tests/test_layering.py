@@ -16,7 +16,7 @@ LAYERS = (
     ("models", "data", "parallel"),
     ("objectives", "optimizers", "checkpointing"),
     ("training", "inference"),
-    ("finetuning", "interpretability", "benchmarks"),
+    ("finetuning", "interpretability", "benchmarks", "studies"),
     ("cli",),
 )
 """Bottom first: a module imports its own layer and those below."""
@@ -150,8 +150,8 @@ def test_data_is_free_of_jax() -> None:
 
 
 def test_training_can_be_read_in_an_evening() -> None:
-    """What the process that trains imports. Two modules are found by name in a table, and loaded only if a recipe asks
-    for them: Weights & Biases and tokenizer.json, of extras. Data is prepared by another process, `transformer.data.prepare`.
+    """What the process that trains imports. What only some recipes ask for is found by name in tables and not counted:
+    mixers, objectives, optimizers, trackers, tokenizer.json, samples. Data is prepared by another process, `transformer.data.prepare`.
     """
     sizes = {name: len(modules()[name].read_text().splitlines()) for name in _closure("train")}
     table = "\n".join(f"{lines:6d}  {name}" for name, lines in sorted(sizes.items(), key=lambda item: -item[1]))

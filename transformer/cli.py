@@ -14,6 +14,7 @@ import tyro
 from transformer.arguments import Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
 from transformer.config import Config, ConfigError, known_vocab_size, mesh_problems, nearest, replace, source_length
+from transformer.studies import STUDIES
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -81,6 +82,26 @@ class DescribeOptions:
     """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
     as_json: Json = False
     """Print one JSON object."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Train the runs of a study that are not trained yet, and write down what came out: results.json, report.md, plot.png.
+
+    A study that was stopped goes on where it was. Every key of the configuration changes all its runs.
+    """
+
+    study: str = ""
+    """Name of the study."""
+    recipe: Recipe = ""
+    """A name in configs/, or the path of a recipe, that the study's runs change."""
+    workdir: Workdir = ""
+    """Where runs and results go."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that each configuration is trained with."""
+    only: tuple[str, ...] = ()
+    """Names of the runs to make; none: all."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -187,6 +208,15 @@ def generate(options: GenerateOptions) -> int:
     else:
         for number, text in enumerate(texts):
             print(f"--- {number}\n{text.prompt}{text.text}")
+    return 0
+
+
+def study(options: StudyOptions) -> int:
+    from transformer.studies.study import run_study
+
+    if not options.seeds:
+        raise ConfigError("--seeds has no value: give at least one")
+    run_study(options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser())
     return 0
 
 
@@ -306,6 +336,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts"),
+    "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "describe": (DescribeOptions, "parameters, FLOPs, sharding and bytes of a configuration"),
 }
 
@@ -319,7 +350,19 @@ def parse(arguments: Sequence[str]) -> Options:
         raise SystemExit(0)
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}{nearest(verb, tuple(VERBS))}")
+    if verb == "study":
+        return _parse_study(rest)
     return parse_options(VERBS[verb][0], rest, f"transformer {verb}")
+
+
+def _parse_study(arguments: Sequence[str]) -> Options:
+    """Returns the options of a study, whose name is the first word, and whose recipe is its own unless one is given."""
+    name, *rest = arguments or [""]
+    if name not in STUDIES:
+        raise ConfigError(f"{name!r} is not a study, which are {', '.join(STUDIES)}{nearest(name, tuple(STUDIES))}")
+    given = any(argument.partition("=")[0] == "--config" for argument in rest)
+    recipe = [] if given else ["--config", STUDIES[name][1]]
+    return parse_options(StudyOptions, ["--study", name, *recipe, *rest], f"transformer study {name}")
 
 
 def run(arguments: Sequence[str]) -> int:

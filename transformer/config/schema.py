@@ -112,6 +112,7 @@ class ObjectiveConfig:
         "seq2seq",
         "sequence_classification",
         "token_classification",
+        "associative_recall",
     ] = "causal"
     """`causal`: each token from those before it; `transformer.objectives` has the table of all."""
     z_loss: float = 0.0
@@ -130,6 +131,8 @@ class ObjectiveConfig:
     """Share of those in the order suffix, prefix, middle; the others have the prefix first."""
     future_weight: float = 0.3
     """Weight of the loss of tokens beyond the next (`multi_token`)."""
+    num_pairs: int = 16
+    """Keys whose values are asked for (`associative_recall`)."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "seq2seq": ("encoder_decoder",),
     "sequence_classification": ("encoder", "decoder"),
     "token_classification": ("encoder", "decoder"),
+    "associative_recall": ("decoder",),
 }
 """What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
 
@@ -147,9 +148,22 @@ def _example_problems(config: Config) -> Iterator[str]:
     if kind != "labelled" and model.num_labels > 0:
         classifiers = "'sequence_classification' and 'token_classification'"
         yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
+    if config.objective.name == "associative_recall":
+        yield from _recall_problems(config)
     length, rows = source_length(config), model.num_positions
     if model.positions == "learned" and kind == "pairs" and rows is not None and rows < length:
         yield f"data.source_length = {length} is longer than model.num_positions = {rows}"
+
+
+def _recall_problems(config: Config) -> Iterator[str]:
+    label, pairs = f"objective.num_pairs = {config.objective.num_pairs}", config.objective.num_pairs
+    if 3 * pairs > config.data.sequence_length:
+        yield f"{label}: an example has 3 tokens a pair, more than data.sequence_length = {config.data.sequence_length}"
+    tokens = known_vocab_size(config.data)
+    if config.data.tokenizer != "bytes":
+        yield f"data.tokenizer = {config.data.tokenizer!r}: 'associative_recall' needs 'bytes', whose tokens are known"
+    elif tokens is not None and pairs > (tokens - 4) // 2:
+        yield f"{label}: each pair needs a key of its own, and there are {(tokens - 4) // 2}"
 
 
 def _model_problems(config: Config) -> Iterator[str]:

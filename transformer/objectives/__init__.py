@@ -17,6 +17,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "seq2seq": ("transformer.objectives.seq2seq", "Seq2Seq"),
     "sequence_classification": ("transformer.objectives.sequence_classification", "SequenceClassification"),
     "token_classification": ("transformer.objectives.token_classification", "TokenClassification"),
+    "associative_recall": ("transformer.objectives.associative_recall", "AssociativeRecall"),
 }
 """Module and class by name, loaded when a run asks for them."""
 

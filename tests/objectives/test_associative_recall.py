@@ -1,0 +1,42 @@
+"""Associative recall: the answer to every question is in the example, once."""
+
+import numpy as np
+import pytest
+
+from transformer.config import Config, problems_of, replace
+from transformer.data.tokenizers import ByteTokenizer
+from transformer.objectives import objective_of
+
+TOKENIZER = ByteTokenizer()
+
+
+def config_of(pairs: int, length: int) -> Config:
+    data = {"tokenizer": "bytes", "sequence_length": length}
+    return replace(Config(), objective={"name": "associative_recall", "num_pairs": pairs}, data=data)
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 128])
+def test_every_key_is_told_once_and_asked_once(pairs):
+    config = config_of(pairs, 400)
+    assert not problems_of(config)
+    row = objective_of(config).example(config, TOKENIZER, {}, np.random.default_rng(0))
+    assert {len(values) for values in row.values()} == {3 * pairs}
+    told = dict(row["inputs"][: 2 * pairs].reshape(-1, 2).tolist())
+    asked = row["inputs"][2 * pairs :].tolist()
+    assert sorted(asked) == sorted(told) and len(told) == pairs
+    assert all(4 <= key < 132 <= value < 260 for key, value in told.items())
+    assert row["targets"][2 * pairs :].tolist() == [told[key] for key in asked]
+    assert row["weights"].tolist() == [0.0] * 2 * pairs + [1.0] * pairs
+
+
+def test_examples_differ_with_their_generator():
+    config = config_of(16, 48)
+    first, other = (objective_of(config).example(config, TOKENIZER, {}, np.random.default_rng(seed)) for seed in (0, 1))
+    assert (first["inputs"] != other["inputs"]).any()
+
+
+def test_what_does_not_fit_is_refused():
+    assert any("3 tokens a pair" in problem for problem in problems_of(config_of(16, 47)))
+    assert any("a key of its own, and there are 128" in problem for problem in problems_of(config_of(129, 400)))
+    config = replace(config_of(16, 48), data={"tokenizer": "bpe"})
+    assert any("needs 'bytes'" in problem for problem in problems_of(config))

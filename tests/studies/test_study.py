@@ -1,0 +1,119 @@
+"""Studies: which runs they make, what they read from them, and that a stopped one goes on."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from transformer.arguments import load_config
+from transformer.config import ConfigError, problems_of, replace, to_json
+from transformer.studies import STUDIES, ablation, mup, recall
+from transformer.studies.study import Outcome, Study, Trial, run_study, spread, table
+
+
+def outcome(name: str, loss: float, seed: int = 0, diverged: bool = False, **facts: object) -> Outcome:
+    final = {"cross_entropy": loss, "accuracy": 1 - loss}
+    return Outcome(name, seed, facts, 1000, diverged, final, [(10, 2 * loss), (20, loss)])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_trial_has_a_name_of_its_own_and_a_sound_configuration(name):
+    base, problems, _ = load_config(STUDIES[name][1])
+    trials = sys.modules[STUDIES[name][0]].STUDY.trials(base)
+    assert not problems and len(trials) >= 3
+    assert len({trial.name for trial in trials}) == len(trials)
+    assert len({to_json(trial.config) for trial in trials}) == len(trials)
+    assert not [problem for trial in trials for problem in problems_of(trial.config)]
+
+
+def test_ablation_removes_one_thing_at_a_time():
+    base, _, _ = load_config("stdlib")
+    by_name = {trial.name: trial for trial in ablation.trials(base)}
+    whole = json.loads(to_json(by_name["full"].config))
+
+    def changed(name: str) -> set[str]:
+        config = json.loads(to_json(by_name[name].config))
+        return {
+            f"{s}.{k}" for s in whole if isinstance(whole[s], dict) for k in whole[s] if config[s][k] != whole[s][k]
+        }
+
+    assert changed("full") == set()
+    assert changed("no_residuals") == {"model.residuals"}
+    assert changed("no_mlp") == {"model.layers"}
+    assert changed("post_norm_no_warmup") == {"model.norm_placement", "optimizer.warmup_steps"}
+    assert by_name["no_residuals_8_layers"].config.model.num_layers == 8
+    assert changed("no_residuals_8_layers") == {"model.residuals", "model.num_layers"}
+
+
+def test_ablation_reports_spread_distance_and_what_diverged():
+    found = [outcome("full", 2.0, 0, layers=4), outcome("full", 2.2, 1, layers=4)]
+    found += [outcome("no_mlp", 2.6, 0, layers=4), outcome("no_mlp", math.nan, 1, diverged=True, layers=4)]
+    report = ablation.report(found)
+    assert "| full | 1,000 | 2.100 ± 0.141 | +0.000 | 0 of 2 |" in report
+    assert "| no mlp | 1,000 | 2.600 | +0.500 | 1 of 2 |" in report
+
+
+def test_best_rate_is_the_vertex_of_a_parabola_over_the_logarithm():
+    losses = {2.0**k: 1 + 0.3 * (k + 7.25) ** 2 for k in range(-10, -3)}
+    assert mup.best_rate(losses) == pytest.approx(2**-7.25)
+    assert mup.best_rate({2.0**k: float(-k) for k in range(-10, -3)}) is None
+    losses |= {2.0**k: math.inf for k in range(-6, -3)}
+    assert mup.best_rate(losses) == 2.0**-7
+
+
+def test_mup_reports_how_far_the_best_rate_moved():
+    found = []
+    for width, best in ((64, -6), (256, -8)):
+        for power in range(-10, -3):
+            facts = {"parametrization": "standard", "width": width, "rate": 2.0**power}
+            found.append(outcome(f"{width}_{power}", 1.0 + (power - best) ** 2, **facts))
+    assert "`standard`: the best rates differ by a factor of 4." in mup.report(found)
+
+
+def test_recall_reports_shares_and_the_size_of_the_state():
+    found = [outcome(f"attention_{pairs}", 0.25, mixer="attention", pairs=pairs, state=pairs * 6) for pairs in (4, 16)]
+    assert "| attention | 1,000 | 24 to 96 | 75.0 | 75.0 |" in recall.report(found)
+
+
+def test_state_of_attention_is_keys_and_values_of_every_token():
+    base, _, _ = load_config("associative_recall")
+    sizes = {
+        trial.facts["pairs"]: trial.facts["state"]
+        for trial in recall.trials(base)
+        if trial.facts["mixer"] == "attention"
+    }
+    assert sizes == {pairs: 2 * 64 * 3 * pairs for pairs in recall.PAIRS}
+
+
+def test_numbers_in_tables():
+    assert spread([1.0, 1.0, 4.0], 2) == "2.00 ± 1.73"
+    assert spread([1.5], 1) == "1.5" and spread([]) == "–" and spread([math.nan, 1.0]) == "not finite"
+    assert table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, capfd):
+    base = make_run(train={"num_steps": 2}, evaluation={"every_steps": 0, "sample_tokens": 0})
+    trials = [Trial(f"width_{width}", replace(base, model={"width": width}), {"width": width}) for width in (8, 16)]
+    study = Study(
+        lambda base: trials,
+        lambda found: "\n".join(f"{one.name} {one.seed} {one.parameters}" for one in found),
+        lambda found, figure: figure.subplots().plot([one.parameters for one in found]),
+    )
+    monkeypatch.setattr(ablation, "STUDY", study)
+    directory = tmp_path / "study"
+    run_study("ablation", base, (0,), ("width_8",), directory)
+    assert (directory / "report.md").read_text().startswith("width_8 0 ")
+    [path] = (directory / "runs").iterdir()
+    first = path.read_bytes()
+    run_study("ablation", base, (0,), (), directory)
+    results = json.loads((directory / "results.json").read_text())
+    assert [one["name"] for one in results["outcomes"]] == ["width_8", "width_16"]
+    assert results["outcomes"][0]["parameters"] < results["outcomes"][1]["parameters"]
+    assert results["outcomes"][0]["curve"][0][0] == 2
+    assert path.read_bytes() == first and (directory / "plot.png").exists()
+    with pytest.raises(ConfigError, match="'width_9' is not a trial of ablation, which are width_8, width_16"):
+        run_study("ablation", base, (0,), ("width_9",), directory)
+    trials[0] = Trial("width_8", replace(base, model={"width": 12}), {})
+    with pytest.raises(ConfigError, match="is of another configuration"):
+        run_study("ablation", base, (0,), ("width_8",), directory)

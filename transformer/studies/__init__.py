@@ -1,0 +1,8 @@
+"""Studies: many runs that differ in one thing, and what came out of them; `transformer study NAME` repeats each."""
+
+STUDIES: dict[str, tuple[str, str]] = {
+    "ablation": ("transformer.studies.ablation", "stdlib"),
+    "mup": ("transformer.studies.mup", "width_transfer"),
+    "recall": ("transformer.studies.recall", "associative_recall"),
+}
+"""Module and recipe by name; the module has STUDY, whose runs change the recipe."""

@@ -1,0 +1,196 @@
+"""What a study is, and how its runs are made: each by `transformer train`, in a process of its own."""
+
+import importlib
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
+from transformer.studies import STUDIES
+from transformer.training.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, to be trained once a seed."""
+
+    name: str
+    config: Config
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What of it the study varies."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    name: str
+    seed: int
+    facts: dict[str, Any]
+    parameters: int
+    diverged: bool
+    """Whether it ended because gradients were not finite."""
+    final: dict[str, float]
+    """The last validation, of all that the run measures; empty if there was none."""
+    curve: list[tuple[int, float]]
+    """Step and cross-entropy of each validation."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A module of this package has one, named STUDY."""
+
+    trials: Callable[[Config], list[Trial]]
+    report: Callable[[Sequence[Outcome]], str]
+    """Returns the result in Markdown."""
+    draw: Callable[[Sequence[Outcome], Any], None]
+    """Draws it into a figure of matplotlib's."""
+
+
+def run_study(name: str, base: Config, seeds: Sequence[int], only: Sequence[str], directory: Path) -> None:
+    """Trains what is not trained yet, and writes results.json, report.md and plot.png into `directory`.
+
+    What is finished is kept, and a run that was interrupted goes on, so that a study may be stopped at any time.
+    Raises ConfigError for a trial that does not exist.
+    """
+    study: Study = importlib.import_module(STUDIES[name][0]).STUDY
+    trials = study.trials(base)
+    known = [trial.name for trial in trials]
+    if unknown := [trial for trial in only if trial not in known]:
+        raise ConfigError(f"--only = {unknown[0]!r} is not a trial of {name}, which are {', '.join(known)}")
+    chosen = [trial for trial in trials if not only or trial.name in only]
+    runs = [(trial, seed) for seed in seeds for trial in chosen]
+    for number, (trial, seed) in enumerate(runs, start=1):
+        print(f"{name}: {trial.name}, seed {seed} ({number} of {len(runs)})", flush=True)
+        _train(trial, seed, directory)
+    outcomes = [outcome for trial in trials for outcome in _outcomes(trial, directory)]
+    write_atomically(directory / "results.json", json.dumps(_record(name, outcomes), indent=1) + "\n")
+    report = study.report(outcomes)
+    write_atomically(directory / "report.md", report)
+    print(report)
+    _draw(study, outcomes, directory / "plot.png")
+
+
+def _train(trial: Trial, seed: int, directory: Path) -> None:
+    """Trains one run to its end and leaves a record of it; does nothing if there is one."""
+    workdir = directory / "runs" / f"{trial.name}-{seed}"
+    record = workdir.with_suffix(".json")
+    config = replace(trial.config, seed=seed)
+    if record.exists():
+        if json.loads(record.read_text())["config"] == json.loads(to_json(config)):
+            return
+        raise ConfigError(f"{record} is of another configuration: choose another --workdir, or delete it")
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    wanted = workdir.parent / f"{workdir.name}.config.json"
+    wanted.write_text(to_json(config))
+    # A process of its own, so that a run that takes all memory does not take the study with it.
+    program = "from transformer.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", "--config", str(wanted), "--workdir", str(workdir)]
+    search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    status = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}).returncode
+    if status > 128:
+        # It saved its state, and goes on when the study does.
+        raise KeyboardInterrupt
+    records = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    if status > 1 or not records:
+        raise ConfigError(f"{trial.name}, seed {seed}: training ended with status {status}")
+    validations = [record for record in records if record["split"] == "validation"]
+    outcome = {
+        "seed": seed,
+        "parameters": _num_parameters(from_json((workdir / "config.json").read_text())),
+        "diverged": status == 1,
+        "final": {n: v for n, v in validations[-1].items() if isinstance(v, float)} if validations else {},
+        "curve": [(record["step"], record["cross_entropy"]) for record in validations],
+        "config": json.loads(to_json(config)),
+    }
+    write_atomically(record, json.dumps(outcome) + "\n")
+    # What the study needs is in the record; the weights of a hundred runs would fill a disk.
+    shutil.rmtree(workdir)
+    wanted.unlink()
+
+
+def _num_parameters(config: Config) -> int:
+    import jax
+
+    from transformer.checkpointing.run import for_platform
+    from transformer.models.parameters import num_parameters
+    from transformer.models.transformer import Transformer
+
+    return num_parameters(Transformer(for_platform(config.model, jax.default_backend())))
+
+
+def _outcomes(trial: Trial, directory: Path) -> list[Outcome]:
+    records = [json.loads(path.read_text()) for path in (directory / "runs").glob(f"{trial.name}-*.json")]
+    # Of an older study with other settings, or of a trial whose name begins alike.
+    mine = [
+        record
+        for record in records
+        if record["config"] == json.loads(to_json(replace(trial.config, seed=record["seed"])))
+    ]
+    return [
+        Outcome(
+            trial.name,
+            record["seed"],
+            trial.facts,
+            record["parameters"],
+            record["diverged"],
+            record["final"],
+            [(step, loss) for step, loss in record["curve"]],
+        )
+        for record in sorted(mine, key=lambda record: record["seed"])
+    ]
+
+
+def _record(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return {
+        "study": name,
+        "versions": {package: version(package) for package in ("jax", "flax", "optax")},
+        "python": platform.python_version(),
+        "outcomes": [vars(outcome) for outcome in outcomes],
+    }
+
+
+def _draw(study: Study, outcomes: Sequence[Outcome], path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
+        return
+    figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
+    study.draw(outcomes, figure)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def by_trial(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Returns the outcomes of each trial, in the order of the trials."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.name, []).append(outcome)
+    return groups
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Returns the mean and the standard deviation of the sample: `1.234 ± 0.005`; of one value there is no deviation."""
+    if not values:
+        return "–"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Returns a table in Markdown, the first column to the left and the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
