@@ -103,10 +103,11 @@ def test_a_cache_gives_what_one_pass_gives(changes):
         logits, cache = step(params, part, cache)
         found.append(logits)
     real = np.asarray(batch["segment_ids"]) != 0
-    actual, expected = np.concatenate(found, axis=1)[real], np.asarray(expected)[real]
+    # Without the padding columns of the vocabulary, beside which no difference would show.
+    actual, expected = (np.asarray(logits)[real][:, :32] for logits in (np.concatenate(found, axis=1), expected))
     assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
     # With logits that hardly differ from text to text, anything would agree.
-    assert np.std(expected[:, :32], axis=0).mean() > 1e-3 * np.abs(expected[:, :32]).mean()
+    assert np.std(expected, axis=0).mean() > 1e-3 * np.abs(expected).mean()
 
 
 def dependencies(model: Transformer, params: Any, batch: dict[str, jax.Array]) -> np.ndarray:
