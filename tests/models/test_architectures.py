@@ -227,6 +227,6 @@ def test_heads_for_further_tokens_are_told_positions(positions):
     tokens = Tokens(batch["positions"], batch["segment_ids"])
     angles = rotary_angles(tokens.positions, model.config, 4) if positions == "rotary" else None
     context = Context(tokens, tokens, rotary=angles)
-    (first,) = module.future(hidden, batch["inputs"], params["embedding"].__getitem__, context)
-    (other,) = module.future(hidden[:, swapped], batch["inputs"][:, swapped], params["embedding"].__getitem__, context)
+    (first,), _ = module.future(hidden, batch["inputs"], params["embedding"].__getitem__, context)
+    (other,), _ = module.future(hidden[:, swapped], batch["inputs"][:, swapped], params["embedding"].__getitem__, context)
     assert not np.allclose(first[0, -1], other[0, -1], atol=1e-4)

@@ -3,12 +3,16 @@
 import typing
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from transformer.config import OBJECTIVE_DATA, Config, data_kind, problems_of, replace, type_of
 from transformer.config.validation import ARCHITECTURES
+from transformer.models.transformer import Outputs
 from transformer.objectives import OBJECTIVES, objective_of
 
+Pair = tuple[jax.Array, jax.Array]
 PAIRS = {"source_path": ("a",), "target_path": ("b",)}
 SEQ2SEQ = {"objective": {"name": "seq2seq"}, "model": {"architecture": "encoder_decoder"}}
 LABELS = {"objective": {"name": "sequence_classification"}, "data": {"path": ("a.jsonl",)}}
@@ -21,6 +25,24 @@ def test_the_configuration_and_the_table_name_the_same_objectives() -> None:
     for name in OBJECTIVES:
         found = objective_of(replace(Config(), objective={"name": name}))
         assert type(found).__module__ == f"transformer.objectives.{name}"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_model_s_own_terms_reach_every_objective(name: str) -> None:
+    def pair(value: float) -> Pair:
+        return jnp.float32(value), jnp.float32(4)
+
+    def future(following: jax.Array) -> Any:
+        return [jnp.ones((2, 3, 5))], {"losses": {"future_own": pair(3)}, "statistics": {"future_load": pair(5)}}
+
+    outputs = Outputs(jnp.ones((2, 3, 5)), lambda x: x, {"own": pair(1)}, {"load": pair(2)}, future)
+    batch = {"targets": jnp.zeros((2, 3), int), "weights": jnp.ones((2, 3))}
+    config = replace(Config(), objective={"name": name})
+    terms = objective_of(config).terms(config.objective, outputs, batch)
+    of_heads = {"future_own"} if name == "multi_token" else set()
+    assert set(terms.auxiliary) == {"own"} | of_heads and not set(terms.auxiliary) & set(terms.losses)
+    assert sorted(float(value) for value, _ in terms.auxiliary.values()) == ([1, 3] if of_heads else [1])
+    assert "load" in terms.statistics and ("future_load" in terms.statistics) == bool(of_heads)
 
 
 @pytest.mark.parametrize(

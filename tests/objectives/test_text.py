@@ -280,7 +280,7 @@ def test_further_tokens_count_within_their_document():
     batch = {key: jnp.asarray(np.stack([window[key] for window in windows])) for key in windows[0]}
     states = [jnp.asarray(rng.standard_normal((3, 12, 8)), jnp.float32) for _ in range(3)]
     table = rng.standard_normal((8, 260))
-    outputs = Outputs(states[0], lambda hidden: hidden @ table, future=lambda following: states[1:])
+    outputs = Outputs(states[0], lambda hidden: hidden @ table, future=lambda following: (states[1:], {}))
     terms = objective_of(config_of("multi_token")).terms(
         config_of("multi_token", future_weight=0.5).objective, outputs, batch
     )

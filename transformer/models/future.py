@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig
-from transformer.models.blocks import Block
+from transformer.models.blocks import Block, add_auxiliary
+from transformer.models.feedforward import Auxiliary
 from transformer.models.layers import Linear, Norm
 from transformer.models.mixers import Context, make_bias
 
@@ -37,19 +38,20 @@ class FutureTokens(nnx.Module):
         following: Int[Array, "B T"],
         embed: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]],
         context: Context,
-    ) -> list[Float[Array, "B T D"]]:
-        """Returns for each further token the states from which the model's head predicts it.
+    ) -> tuple[list[Float[Array, "B T D"]], Auxiliary]:
+        """Returns for each further token the states from which the model's head predicts it, and the blocks' own terms.
 
         `following` is the token after each position; the k-th states predict the one k places after that. At the last k
         positions of a row nothing is known to predict from, and what is returned there means nothing.
         """
         context = dataclasses.replace(context, bias=None if self.bias is None else self.bias())
-        states = []
+        states, auxiliary = [], {}
         for number, head in enumerate(self.heads):
             with jax.named_scope(f"future_{number}"):
                 shifted = jnp.roll(following, -number, axis=1)
                 pair = [head.hidden_norm(hidden), head.token_norm(embed(shifted))]
                 joined = head.join(jnp.concatenate(pair, axis=-1))
-                hidden, _, _ = head.block(joined, context, None, 0, None)
+                hidden, _, found = head.block(joined, context, None, 0, None)
                 states.append(head.final_norm(hidden))
-        return states
+                auxiliary = add_auxiliary(auxiliary, found)
+        return states, auxiliary

@@ -41,8 +41,9 @@ class Outputs:
     """Loss terms of the model's own, each (sum, weight)."""
     statistics: dict[str, tuple[Float[Array, ""], Float[Array, ""]]] = field(default_factory=dict)
     """What the model reports of itself, each (sum, weight)."""
-    future: Callable[[Int[Array, "B T"]], list[Float[Array, "B T D"]]] | None = None
-    """Maps the tokens after each to hidden states that predict the one after those, and so on (`multi_token`)."""
+    future: Callable[[Int[Array, "B T"]], tuple[list[Float[Array, "B T D"]], Auxiliary]] | None = None
+    """Maps the tokens after each to hidden states that predict the one after those, and so on, and to terms of the blocks
+    that made them (`multi_token`)."""
     cache: Cache | None = None
     """The cache with this batch's tokens in it, if one was given."""
 
@@ -100,9 +101,10 @@ class Transformer(nnx.Module):
         def embed(shifted: Array) -> Array:
             return self._embed(shifted, tokens.positions, None)
 
-        def future(following: Array) -> list[Array]:
+        def future(following: Array) -> tuple[list[Array], Auxiliary]:
             assert self.future is not None
-            return self.future(x, following, embed, context)
+            states, found = self.future(x, following, embed, context)
+            return states, prefixed("future", found)
 
         return Outputs(
             x,
@@ -126,7 +128,7 @@ class Transformer(nnx.Module):
             x = self._embed(batch["encoder_inputs"], tokens.positions, fold_in(key, -1))
             context = Context(tokens, tokens, rotary=self._angles(tokens.positions), causal=False)
             x, _, found = self.encoder(x, context, None, key)
-        auxiliary.append({group: {f"encoder_{n}": term for n, term in terms.items()} for group, terms in found.items()})
+        auxiliary.append(prefixed("encoder", found))
         return Memory(x, tokens)
 
     def _enter(self, cache: Cache, tokens: Tokens, memory: Memory | None) -> Cache:
@@ -206,6 +208,11 @@ class Transformer(nnx.Module):
         specs = places(length) | {"index": CacheSpec((), (), jnp.int32)}
         specs["layers"] = self.decoder.cache_specs(batch_size, length, source_length)
         return specs | ({"memory": places(source_length)} if self.encoder is not None else {})
+
+
+def prefixed(part: str, terms: Auxiliary) -> Auxiliary:
+    """Returns the terms of a part of the model under names that tell them from those of its main stack."""
+    return {group: {f"{part}_{name}": term for name, term in found.items()} for group, found in terms.items()}
 
 
 def make_future(config: ModelConfig) -> Any:

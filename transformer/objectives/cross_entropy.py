@@ -33,7 +33,7 @@ def token_terms(config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, A
         losses["label_smoothing"] = (jnp.sum(excess * weights), total)
     correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
     measures = {"accuracy": (jnp.sum(correct * weights), total)}
-    return Terms(losses | outputs.auxiliary, measures, outputs.statistics)
+    return Terms(losses, measures, outputs.statistics, outputs.auxiliary)
 
 
 def softmax_cross_entropy(

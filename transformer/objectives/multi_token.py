@@ -26,7 +26,7 @@ class MultiToken(Objective):
         """
         assert outputs.future is not None, "validated: model.num_future_tokens > 0"
         found = token_terms(config, outputs, batch)
-        states = outputs.future(batch["targets"])
+        states, own = outputs.future(batch["targets"])
         weights = batch["weights"]
         losses, measures = dict(found.losses), dict(found.measures)
         for number, hidden in enumerate(states, start=1):
@@ -41,4 +41,5 @@ class MultiToken(Objective):
             losses[f"future_{number}"] = (share * jnp.sum(cross_entropy * weights), total)
             correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
             measures[f"future_{number}_accuracy"] = (jnp.sum(correct * weights), total)
-        return Terms(losses, measures, found.statistics)
+        statistics, auxiliary = found.statistics | own.get("statistics", {}), found.auxiliary | own.get("losses", {})
+        return Terms(losses, measures, statistics, auxiliary)

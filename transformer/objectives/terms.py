@@ -19,14 +19,16 @@ class Terms:
     """
 
     losses: dict[str, Pair]
-    """Terms whose means add up to the loss."""
+    """Terms whose means add up to the objective's loss."""
     measures: dict[str, Pair] = field(default_factory=dict)
     """What is reported at validation and never differentiated."""
     statistics: dict[str, Pair] = field(default_factory=dict)
     """What costs next to nothing and is reported at every step, such as the model's own."""
+    auxiliary: dict[str, Pair] = field(default_factory=dict)
+    """Terms of the model's own, which are added to the loss where it learns and are no part of it at validation."""
 
 
-jax.tree_util.register_dataclass(Terms, ["losses", "measures", "statistics"], [])
+jax.tree_util.register_dataclass(Terms, ["losses", "measures", "statistics", "auxiliary"], [])
 
 
 def normalize(

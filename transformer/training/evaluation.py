@@ -41,7 +41,8 @@ class Evaluator:
         measures: dict[str, list[float]] = {}
         for batch in self.batches():
             terms = self._sums(params, batch)
-            for totals, found in ((losses, terms.losses), (measures, terms.measures | terms.statistics)):
+            reported = terms.measures | terms.statistics | terms.auxiliary
+            for totals, found in ((losses, terms.losses), (measures, reported)):
                 for name, (value, weight) in jax.device_get(found).items():
                     total = totals.setdefault(name, [0.0, 0.0])
                     total[0] += float(value)

@@ -71,7 +71,7 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
 
     def part_loss(params: Tree, batch: Batch, key: Array | None, weights: Any) -> tuple[Array, Any]:
         terms = terms_of(params, batch, key)
-        loss, means = normalize(terms.losses, weights)
+        loss, means = normalize(terms.losses | terms.auxiliary, weights)
         return loss, (means, terms.statistics)
 
     def pin(gradients: Tree) -> Tree:
@@ -85,7 +85,7 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
         else:
             # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
             whole = terms_of(params, batch)
-            weights = {name: weight for name, (_, weight) in whole.losses.items()}
+            weights = {name: weight for name, (_, weight) in (whole.losses | whole.auxiliary).items()}
             # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
             split = {n: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
 
