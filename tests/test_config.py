@@ -604,7 +604,7 @@ def test_a_pattern_of_layers_is_read() -> None:
         ({"layers": "attention++attention"}, "'' is not of the form"),
         ({"layers": "atention"}, "'atention' is not a mixer"),
         ({"layers": "attention.windw"}, "'windw' is not a pattern, which are full, window, dilated, block_sparse (did"),
-        ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, none (did"),
+        ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, experts, none (did"),
         ({"layers": "3*attention"}, "is a period of 3 layers, which does not divide model.num_layers = 4"),
     ],
 )

@@ -1,5 +1,7 @@
 """What the verbs compute, in this process and on eight devices; the commands themselves are in test_cli.py."""
 
+import importlib
+import inspect
 import io
 import json
 import math
@@ -40,6 +42,19 @@ def test_describe_counts_gpt2() -> None:
     layers, width, length = 12, 768, 1024
     multiplications = layers * (12 * width**2 + 2 * length * width) + 50_257 * width
     assert result["flops_per_token"]["training_attention_in_full"] == pytest.approx(6 * multiplications, rel=1e-12)
+
+
+def test_describe_counts_experts() -> None:
+    """GPT-2 small without its MLPs; eight, or two, of 2 x 768 x 3,072 in their place, and a router of 768 x 8."""
+    result = describe("--config", "moe_8x")
+    # Weights and biases of the MLPs. Experts have no biases.
+    rest = 124_439_808 - 12 * (2 * 768 * 3072 + 3072 + 768) + 12 * 768 * 8
+    assert result["parameters"] == rest + 12 * 8 * 2 * 768 * 3072
+    assert result["active_parameters"] == rest + 12 * 2 * 2 * 768 * 3072
+    described = inspect.getdoc(importlib.import_module("configs.moe_8x")) or ""
+    assert f"{result['parameters']:,} parameters" in described
+    assert f"{result['active_parameters']:,}" in described
+    assert describe("--config", "gpt2_124m")["active_parameters"] == 124_439_808
 
 
 @pytest.mark.parametrize(("replica", "fsdp", "tensor"), SPLITS)

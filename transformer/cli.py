@@ -252,6 +252,8 @@ def describe(options: DescribeOptions) -> int:
         return 0
     sizes = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     print(f"{result['parameters']:,} parameters, on a mesh of {sizes}")
+    if result["active_parameters"] != result["parameters"]:
+        print(f"{result['active_parameters']:,} parameters that a token passes through")
     for name, count in result["parameters_by_module"].items():
         print(f"  {name:<40}{count:>16,}")
     for label, flops in result["flops_per_token"].items():
@@ -319,6 +321,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     length, source = config.data.sequence_length, source_length(config)
     return {
         "parameters": parameters.num_parameters(model),
+        "active_parameters": flops.active_parameters(config.model, specs),
         "parameters_by_module": modules,
         "flops_per_token": {
             "training_attention_in_full": flops.training_flops_per_token(config.model, length, source_length=source),

@@ -52,6 +52,18 @@ DECODERS: dict[str, dict[str, Any]] = {
     "no MLP": {"layers": "attention/none"},
     "soft caps": {"attention_soft_cap": 2.0, "logit_soft_cap": 3.0},
     "scales": {"residual_scale": 0.5, "embedding_scale": 3.0, "attention_scale": 0.3},
+    "experts": {"layers": "attention/experts", "expert_width": 16, "num_experts": 4},
+    "dense and experts": {
+        "layers": "attention+attention/experts",
+        "expert_width": 16,
+        "num_experts": 4,
+        "experts_per_token": 1,
+        "num_shared_experts": 1,
+        "activation": "swiglu",
+        "router_score": "sigmoid",
+        "balance_bias_rate": 1.0,
+        "scan_layers": True,
+    },
     "encoder-decoder": {"architecture": "encoder_decoder", "num_encoder_layers": 1},
     "encoder-decoder, relative, scanned": {
         "architecture": "encoder_decoder",
@@ -228,5 +240,7 @@ def test_heads_for_further_tokens_are_told_positions(positions):
     angles = rotary_angles(tokens.positions, model.config, 4) if positions == "rotary" else None
     context = Context(tokens, tokens, rotary=angles)
     (first,), _ = module.future(hidden, batch["inputs"], params["embedding"].__getitem__, context)
-    (other,), _ = module.future(hidden[:, swapped], batch["inputs"][:, swapped], params["embedding"].__getitem__, context)
+    (other,), _ = module.future(
+        hidden[:, swapped], batch["inputs"][:, swapped], params["embedding"].__getitem__, context
+    )
     assert not np.allclose(first[0, -1], other[0, -1], atol=1e-4)

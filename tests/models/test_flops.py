@@ -61,8 +61,11 @@ def product_flops(hlo: str) -> int:
         {"activation": "swiglu", "num_kv_heads": 2, "tied_embeddings": False, "head_width": 24},
         {"architecture": "encoder_decoder", "num_encoder_layers": 2},
         {"architecture": "encoder", "layers": "2*attention/none+attention"},
+        # With room for exactly as many tokens as there are choices, what is computed is what is counted.
+        {"layers": "2*attention+attention/experts", "num_experts": 4, "expert_capacity_factor": 1.0}
+        | {"expert_width": 32, "num_shared_experts": 1, "activation": "swiglu"},
     ],
-    ids=["plain", "grouped gated", "encoder-decoder", "encoder"],
+    ids=["plain", "grouped gated", "encoder-decoder", "encoder", "experts"],
 )
 def test_count_is_that_of_the_compiled_program(changes):
     length, rows = 32, 3

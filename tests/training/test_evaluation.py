@@ -109,12 +109,15 @@ def test_a_part_of_the_split_can_be_enough(trained: tuple[Config, Path]) -> None
 
 
 def test_the_z_loss_is_part_of_the_loss_and_not_of_the_cross_entropy(make_run: Make, tmp_path: Path) -> None:
-    config = make_run(objective={"z_loss": 0.1}, train={"num_steps": 2}, evaluation={"every_steps": 0})
+    """What the model adds of its own, to learn to share its work among experts, is no part of validation's loss."""
+    experts = {"layers": "attention/experts", "num_experts": 2, "experts_per_token": 1, "balance_loss": 0.1}
+    config = make_run(objective={"z_loss": 0.1}, model=experts, train={"num_steps": 2}, evaluation={"every_steps": 0})
     assert loop.run(config, tmp_path / "run") == 0
     *_, train, last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in (train, last):
-        assert line["z_loss"] > 0.1
-        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["z_loss"])
+        assert line["z_loss"] > 0.1 and line["balance_loss"] > 0.09 and line["expert_max_load"] >= 1
+        own = line["balance_loss"] if line is train else 0
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["z_loss"] + own)
     plain = last["cross_entropy"] / math.log(2)
     assert last["bits_per_byte"] / plain == pytest.approx(1.05, abs=0.05)
 

@@ -40,6 +40,7 @@ CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenize
 
 MAY_CHANGE = (
     *(f"model.{name}" for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "dropout")),
+    *("model.balance_loss", "model.router_z_loss"),
     *("objective.z_loss", "objective.label_smoothing", "objective.future_weight"),
 )
 """Keys of `model` and `objective` that change neither the parameters nor what they mean, nor the examples."""

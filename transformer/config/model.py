@@ -14,7 +14,7 @@ Mixer = Literal["attention"]
 Pattern = Literal["full", "window", "dilated", "block_sparse"]
 """Which of the keys that causality and segments allow a query of an attention layer sees."""
 
-FeedForwardKind = Literal["dense", "none"]
+FeedForwardKind = Literal["dense", "experts", "none"]
 
 Activation = Literal["gelu", "gelu_exact", "relu", "relu_squared", "silu", "swiglu", "geglu", "reglu"]
 
@@ -101,8 +101,27 @@ class ModelConfig:
     activation: Activation = "gelu"
     """Feed-forward kind: an MLP with one of these functions (GELU in its tanh form), or a gated one (…glu)."""
 
+    # Experts: layers of feed-forward kind `experts`.
+    num_experts: int = 8
+    """Experts of a layer (X)."""
+    experts_per_token: int = 2
+    """Experts that each token passes through."""
+    expert_width: int | None = None
+    """Width of an expert's hidden layer; None: that of the MLP."""
+    num_shared_experts: int = 0
+    """Experts that every token passes through besides."""
+    routing: Literal["token_choice", "expert_choice"] = "token_choice"
+    """Whether tokens choose experts, or experts tokens, which takes an encoder: it looks at later tokens."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes the router's logits weights of experts."""
+    expert_capacity_factor: float | None = None
+    """Tokens of a row that an expert takes, as a multiple of its even share; None: as many as choose it."""
+    balance_loss: float = 0.01
+    """Weight of the loss that spreads tokens over experts."""
+    router_z_loss: float = 0.0
+    """Weight of the squared log-partition function of the router."""
     balance_bias_rate: float = 0.0
-    """Step of a bias on the router's choice that balances without a loss. 0: no bias."""
+    """Step of biases on the router's choice, which even out the load without a loss; 0: no biases."""
 
     # Norms, residuals, scales.
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
@@ -188,6 +207,10 @@ class ModelConfig:
         if self.feedforward_width is not None:
             return self.feedforward_width
         return 64 * math.ceil(8 * self.width / 3 / 64) if self.gated else 4 * self.width
+
+    @property
+    def expert_dim(self) -> int:
+        return self.ff_width if self.expert_width is None else self.expert_width
 
     @property
     def encoder_depth(self) -> int:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from transformer.config.model import FeedForwardKind, Mixer, Pattern, parse_layers
+from transformer.config.model import FeedForwardKind, LayerKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
     Config,
     ConfigError,
@@ -27,7 +27,8 @@ _NOT_NEGATIVE = (
     "parallel.cpu_devices parallel.num_processes profile.start_step profile.num_steps seed objective.future_weight "
     "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
     "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps model.balance_bias_rate "
-    "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate"
+    "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate "
+    "model.num_shared_experts model.balance_loss model.router_z_loss"
 ).split()
 _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
@@ -210,9 +211,23 @@ def _layer_problems(config: Config) -> Iterator[str]:
             ):
                 if name not in known:
                     yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
+        yield from _kind_problems(model, label, kinds, key == "layers" and model.has_decoder)
         for name, depth in stacks.items():
             if depth > 0 and depth % len(kinds):
                 yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
+
+
+def _kind_problems(model: ModelConfig, label: str, kinds: tuple[LayerKind, ...], causal: bool) -> Iterator[str]:
+    """What is wrong with keys of the kinds of layers that one pattern has."""
+    if any(kind.feedforward == "experts" for kind in kinds):
+        routing, rate = f"model.routing = {model.routing!r}", f"model.balance_bias_rate = {model.balance_bias_rate}"
+        if model.experts_per_token > model.num_experts:
+            yield f"model.experts_per_token = {model.experts_per_token}: there are model.num_experts = {model.num_experts}"
+        if model.routing == "expert_choice" and causal:
+            leak = "whether an expert chooses a token depends on later ones, which a decoder must not know"
+            yield f"{routing} with {label}: {leak}; use 'token_choice'"
+        elif model.routing == "expert_choice" and model.balance_bias_rate > 0:
+            yield f"{rate}: experts that choose are evenly loaded; leave it at 0 for {routing}"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

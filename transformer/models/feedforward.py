@@ -1,54 +1,25 @@
-"""The MLP of a block: what follows attention, token by token."""
+"""What follows mixing in a block, token by token: the table of kinds, and what each gives back besides its output."""
 
-from functools import partial
+import importlib
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from transformer.config import LayerKind, ModelConfig
-from transformer.models.layers import Linear, materialize, residual_scale
-from transformer.models.mixers import Context
-from transformer.parallel.sharding import constrain
-
-ACTIVATIONS = {
-    "gelu": partial(jax.nn.gelu, approximate=True),
-    "gelu_exact": partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
-    "silu": jax.nn.silu,
-    # The gates of Shazeer 2020 (arXiv:2002.05202).
-    "swiglu": jax.nn.silu,
-    "geglu": partial(jax.nn.gelu, approximate=True),
-    "reglu": jax.nn.relu,
-}
 
 Auxiliary = dict[str, dict[str, tuple[Float[Array, ""], Float[Array, ""]]]]
 """Terms of a layer's own, each (sum, weight): `losses`, and `statistics` that are only reported."""
 
-
-class FeedForward(nnx.Module):
-    """Two linear maps around an activation, or a gated one."""
-
-    def __init__(self, config: ModelConfig, num_layers: int):
-        self.config = config
-        self.up = Linear(config, (config.width, config.ff_width), ("embed", "mlp"))
-        self.gate = Linear(config, (config.width, config.ff_width), ("embed", "mlp")) if config.gated else None
-        self.down = Linear(
-            config, (config.ff_width, config.width), ("mlp", "embed"), residual_scale(config, num_layers)
-        )
-
-    def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Auxiliary]:
-        activation = ACTIVATIONS[self.config.activation]
-        hidden = materialize(constrain(self.up(x), "batch", "length", "mlp"))
-        if self.gate is None:
-            hidden = activation(hidden)
-        else:
-            hidden = hidden * activation(materialize(constrain(self.gate(x), "batch", "length", "mlp")))
-        return self.down(materialize(hidden)), {}
+FEEDFORWARDS: dict[str, tuple[str, str]] = {
+    "dense": ("transformer.models.mlp", "MLP"),
+    "experts": ("transformer.models.experts", "Experts"),
+}
+"""Module and class by name, loaded when a model asks for them."""
 
 
-def make_feedforward(config: ModelConfig, kind: LayerKind, num_layers: int) -> FeedForward | None:
+def make_feedforward(config: ModelConfig, kind: LayerKind, num_layers: int) -> Any:
     """Returns the feed-forward part of a layer, None for a layer without."""
-    return None if kind.feedforward == "none" else FeedForward(config, num_layers)
+    if kind.feedforward == "none":
+        return None
+    module, name = FEEDFORWARDS[kind.feedforward]
+    return getattr(importlib.import_module(module), name)(config, num_layers)

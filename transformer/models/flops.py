@@ -4,7 +4,10 @@ A product of [m, k] and [k, n] counts 2 m k n. Norms, softmax and other elementw
 usual definition of model FLOPs (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
+import jax
+
 from transformer.config import LayerKind, ModelConfig
+from transformer.models.parameters import ParameterSpec, Tree, map_specs
 
 PEAK_FLOPS = {
     # Dense bfloat16 FLOP/s by `device_kind`, from the vendors' data sheets and the Cloud TPU documentation.
@@ -27,20 +30,31 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
 
     Attention's products appear twice: `attention_scores` as if every pair of positions were computed, and
     `attention_scores_causal` for the half (with the diagonal) that a causal mask leaves; an encoder has them in full in both.
-    Pairs that a sparse pattern leaves out are counted. Padding columns of the vocabulary are not. An encoder-decoder
-    reads `source_length` tokens for the `length` that it writes.
+    Pairs that a sparse pattern leaves out are counted, and choices that experts have no room for. Padding columns of the
+    vocabulary are not, nor experts that a token does not pass through; where experts choose, each token is taken to be
+    chosen `experts_per_token` times. An encoder-decoder reads `source_length` tokens for the `length` that it writes.
     """
     assert config.vocab_size is not None
+    matrices = 3 if config.gated else 2
     queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     names = ("attention_projections", "attention_scores", "attention_scores_causal", "feedforward")
     parts: dict[str, int] = {name: 0 for name in names}
 
     def stack(kinds: tuple[LayerKind, ...], layers: int, tokens: int, causal: bool) -> None:
-        dense = sum(kind.feedforward == "dense" for kind in kinds) * layers // len(kinds)
-        parts["attention_projections"] += layers * 2 * tokens * config.width * (queries + 2 * keys + queries)
-        parts["attention_scores"] += layers * 4 * tokens * tokens * queries
-        parts["attention_scores_causal"] += layers * (2 * tokens * (tokens + 1) if causal else 4 * tokens**2) * queries
-        parts["feedforward"] += dense * 2 * tokens * config.width * config.ff_width * (3 if config.gated else 2)
+        for kind in kinds:
+            count = layers // len(kinds)
+            projections, pair = config.width * (queries + 2 * keys + queries), 2 * queries
+            parts["attention_projections"] += count * 2 * tokens * projections
+            parts["attention_scores"] += count * 2 * tokens * tokens * pair
+            parts["attention_scores_causal"] += count * tokens * (tokens + 1 if causal else 2 * tokens) * pair
+            parts["feedforward"] += count * 2 * tokens * config.width * feedforward_width(kind)
+
+    def feedforward_width(kind: LayerKind) -> int:
+        """Columns of all matrices of a layer that meet one token, the last one's transposed."""
+        if kind.feedforward == "experts":
+            used = config.experts_per_token + config.num_shared_experts
+            return config.num_experts + used * config.expert_dim * matrices
+        return config.ff_width * matrices if kind.feedforward == "dense" else 0
 
     if config.has_decoder:
         stack(config.kinds, config.num_layers, length, True)
@@ -60,6 +74,16 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
     outputs = config.num_labels or config.vocab_size
     parts["logits"] = (1 + heads) * 2 * length * config.width * outputs
     return parts
+
+
+def active_parameters(config: ModelConfig, specs: Tree) -> int:
+    """Returns the number of parameters that a token passes through: of the experts of a layer, those that it chooses."""
+
+    def active(spec: ParameterSpec) -> int:
+        is_chosen = "experts" in spec.axes
+        return spec.count * config.experts_per_token // config.num_experts if is_chosen else spec.count
+
+    return sum(jax.tree.leaves(map_specs(active, specs)))
 
 
 def training_flops_per_token(config: ModelConfig, length: int, causal: bool = False, source_length: int = 0) -> float:

@@ -47,7 +47,7 @@ class ParameterSpec:
     """Logical name of each dimension, which `parallel.sharding` maps to mesh axes."""
     init: Initializer
     role: Role
-    """What it is to an optimizer: only matrices, embeddings and the head are decayed."""
+    """What it is to an optimizer: only matrices, embeddings and the head are decayed; `balance` follows a sign."""
     padding_rows: int = 0
     """Rows at the end of the first dimension that exist only so that it splits: zero, never counted."""
     num_layers: int | None = None

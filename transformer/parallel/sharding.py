@@ -31,6 +31,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_width": (),
+    "experts": ("expert",),
+    "router": (),
     "joined": (),
     "buckets": (),
     "labels": (),
