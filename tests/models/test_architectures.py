@@ -64,6 +64,22 @@ DECODERS: dict[str, dict[str, Any]] = {
         "balance_bias_rate": 1.0,
         "scan_layers": True,
     },
+    "latent": {"layers": "latent_attention", "latent_width": 6, "rotary_head_width": 2},
+    "latent, of queries too, scanned": {
+        "layers": "latent_attention",
+        "latent_width": 24,
+        "query_latent_width": 8,
+        "rotary_head_width": 4,
+        "biases": True,
+        "scan_layers": True,
+    },
+    "latent, window, relative": {
+        "layers": "latent_attention.window",
+        "window": 3,
+        "latent_width": 6,
+        "rotary_head_width": 2,
+        "positions": "relative",
+    },
     "encoder-decoder": {"architecture": "encoder_decoder", "num_encoder_layers": 1},
     "encoder-decoder, relative, scanned": {
         "architecture": "encoder_decoder",

@@ -64,8 +64,9 @@ def product_flops(hlo: str) -> int:
         # With room for exactly as many tokens as there are choices, what is computed is what is counted.
         {"layers": "2*attention+attention/experts", "num_experts": 4, "expert_capacity_factor": 1.0}
         | {"expert_width": 32, "num_shared_experts": 1, "activation": "swiglu"},
+        {"layers": "latent_attention", "latent_width": 24, "query_latent_width": 40, "rotary_head_width": 8},
     ],
-    ids=["plain", "grouped gated", "encoder-decoder", "encoder", "experts"],
+    ids=["plain", "grouped gated", "encoder-decoder", "encoder", "experts", "latent"],
 )
 def test_count_is_that_of_the_compiled_program(changes):
     length, rows = 32, 3

@@ -8,7 +8,7 @@ from typing import Literal
 VOCAB_ROW_MULTIPLE = 128
 """Rows of the embedding table are padded in memory to a multiple of this, so that every vocabulary splits."""
 
-Mixer = Literal["attention"]
+Mixer = Literal["attention", "latent_attention"]
 """What lets tokens exchange information: `transformer.models.mixers` has the table."""
 
 Pattern = Literal["full", "window", "dilated", "block_sparse"]
@@ -92,6 +92,12 @@ class ModelConfig:
     """Blocks that a block sees around itself, itself included; of a causal model the half before (`block_sparse`)."""
     num_random_blocks: int = 2
     """Blocks that a block sees besides, drawn at random once and for all (`block_sparse`)."""
+    latent_width: int = 128
+    """Width of what keys and values are made from (`latent_attention`); a cache holds this and one rotary key."""
+    query_latent_width: int | None = None
+    """Width of what queries are made from (`latent_attention`); None: from the residual stream itself."""
+    rotary_head_width: int = 32
+    """Part of a head, besides head_width, that carries rotary positions (`latent_attention`)."""
     attention_implementation: Literal["auto", "reference", "causal_blocks"] = "auto"
     """All pairs at once, or without the half above the diagonal in blocks, as suits a CPU; `auto`: by platform and mask."""
 

@@ -228,6 +228,13 @@ def _kind_problems(model: ModelConfig, label: str, kinds: tuple[LayerKind, ...],
             yield f"{routing} with {label}: {leak}; use 'token_choice'"
         elif model.routing == "expert_choice" and model.balance_bias_rate > 0:
             yield f"{rate}: experts that choose are evenly loaded; leave it at 0 for {routing}"
+    if any(kind.mixer == "latent_attention" for kind in kinds):
+        if model.num_kv_heads not in (None, model.num_heads):
+            yield f"model.num_kv_heads = {model.num_kv_heads} with {label}: latent_attention makes keys for every head"
+        if model.qk_norm:
+            yield f"model.qk_norm = True with {label}: latent_attention normalises what keys and queries are made from"
+        if model.positions == "rotary" and model.rotary_head_width % 2:
+            yield f"model.rotary_head_width = {model.rotary_head_width}: must be even, for rotary positions turn pairs"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

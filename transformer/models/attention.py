@@ -86,7 +86,7 @@ class SelfAttention(Heads):
         if cache is not None:
             new = {"key": key, "value": value}
             if self.window is None:
-                cache, (key, value) = _remember_all(cache, layer, new, context)
+                cache, (key, value) = remember_all(cache, layer, new, context)
             else:
                 cache, (key, value), mask = _remember_window(cache, layer, new, context, mask, self.window.num_sinks)
         return self.attended(query, key, value, mask, context.bias), cache
@@ -110,7 +110,7 @@ class SelfAttention(Heads):
         return pair("", min(length, self.window.window)) | sinks
 
 
-def _remember_all(cache: Cache, layer: Any, new: dict[str, Array], context: Context) -> tuple[Cache, list[Array]]:
+def remember_all(cache: Cache, layer: Any, new: dict[str, Array], context: Context) -> tuple[Cache, list[Array]]:
     """Writes new keys and values to their columns; returns the cache, and those of all columns."""
     cache = cache | {name: write(cache[name], layer, value, context.index) for name, value in new.items()}
     return cache, [read(cache[name], layer) for name in new]

@@ -44,6 +44,8 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
         for kind in kinds:
             count = layers // len(kinds)
             projections, pair = config.width * (queries + 2 * keys + queries), 2 * queries
+            if kind.mixer == "latent_attention":
+                projections, pair = latent_attention()
             parts["attention_projections"] += count * 2 * tokens * projections
             parts["attention_scores"] += count * 2 * tokens * tokens * pair
             parts["attention_scores_causal"] += count * tokens * (tokens + 1 if causal else 2 * tokens) * pair
@@ -55,6 +57,14 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
             used = config.experts_per_token + config.num_shared_experts
             return config.num_experts + used * config.expert_dim * matrices
         return config.ff_width * matrices if kind.feedforward == "dense" else 0
+
+    def latent_attention() -> tuple[int, int]:
+        """Products with weights for a token, and for a pair of tokens, keys and values being made from the latents."""
+        latent, query_latent = config.latent_width, config.query_latent_width
+        query = config.num_heads * (config.head_dim + config.rotary_head_width)
+        queried = config.width * query if query_latent is None else query_latent * (config.width + query)
+        made = config.width * (latent + config.rotary_head_width) + 2 * latent * queries
+        return queried + made + queries * config.width, query + queries
 
     if config.has_decoder:
         stack(config.kinds, config.num_layers, length, True)

@@ -71,7 +71,10 @@ class MixerModule(Protocol):
         ...
 
 
-MIXERS: dict[str, tuple[str, str]] = {"attention": ("transformer.models.attention", "SelfAttention")}
+MIXERS: dict[str, tuple[str, str]] = {
+    "attention": ("transformer.models.attention", "SelfAttention"),
+    "latent_attention": ("transformer.models.latent_attention", "LatentAttention"),
+}
 """Module and class by name, loaded when a model asks for them."""
 
 

@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "head_width": (),
+    "latent": (),
     "experts": ("expert",),
     "router": (),
     "joined": (),
