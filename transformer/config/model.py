@@ -8,7 +8,12 @@ from typing import Literal
 VOCAB_ROW_MULTIPLE = 128
 """Rows of the embedding table are padded in memory to a multiple of this, so that every vocabulary splits."""
 
-Mixer = Literal["attention", "latent_attention"]
+LinearMixer = Literal[
+    "linear_attention", "performer", "retention", "gated_linear_attention", "gated_delta_net", "mamba2"
+]
+"""Mixers that read the past from a state of constant size."""
+
+Mixer = Literal["attention", "latent_attention", LinearMixer]
 """What lets tokens exchange information: `transformer.models.mixers` has the table."""
 
 Pattern = Literal["full", "window", "dilated", "block_sparse"]
@@ -100,6 +105,18 @@ class ModelConfig:
     """Part of a head, besides head_width, that carries rotary positions (`latent_attention`)."""
     attention_implementation: Literal["auto", "reference", "causal_blocks"] = "auto"
     """All pairs at once, or without the half above the diagonal in blocks, as suits a CPU; `auto`: by platform and mask."""
+
+    # Mixers with a state of constant size.
+    recurrence_form: Literal["chunkwise", "parallel", "recurrent"] = "chunkwise"
+    """How a state is computed over a text: chunk by chunk, all pairs of tokens at once, or token by token; all agree."""
+    chunk_length: int = 64
+    """Tokens in a chunk of the chunkwise form."""
+    state_width: int | None = None
+    """Width of the keys and queries of mixers with a state, which has that many rows a head; None: the head's width."""
+    convolution_width: int = 4
+    """Tokens that a short convolution sees, its own included (`gated_delta_net`, `mamba2`)."""
+    num_features: int = 64
+    """Random features of each head of `performer`, which are the rows of its state."""
 
     # Feed-forward.
     feedforward_width: int | None = None
@@ -203,6 +220,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def state_dim(self) -> int:
+        return self.head_dim if self.state_width is None else self.state_width
 
     @property
     def gated(self) -> bool:

@@ -19,7 +19,7 @@ from flax import nnx
 Tree = dict[str, Any]
 """A nested dictionary with string keys."""
 
-Role = Literal["matrix", "embedding", "head", "norm", "bias", "balance"]
+Role = Literal["matrix", "embedding", "head", "norm", "bias", "vector", "balance"]
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 

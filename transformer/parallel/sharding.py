@@ -34,6 +34,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "latent": (),
     "experts": ("expert",),
     "router": (),
+    "state": (),
+    "taps": (),
     "joined": (),
     "buckets": (),
     "labels": (),
