@@ -157,7 +157,8 @@ POSITIVE = (
     "model.num_kv_heads model.head_width model.feedforward_width model.vocab_size model.num_positions "
     "model.norm_epsilon model.rotary_base model.initial_scale optimizer.learning_rate optimizer.epsilon "
     "train.num_steps train.batch_size train.num_microbatches train.max_nonfinite_steps train.log_every_steps "
-    "evaluation.batch_size checkpoint.keep_latest"
+    "evaluation.batch_size checkpoint.keep_latest model.chunk_length model.state_width model.convolution_width "
+    "model.num_features"
 ).split()
 
 
@@ -245,6 +246,27 @@ def test_every_number_has_a_range(key: str) -> None:
         ({"data": {"weights": (float("nan"),)}}, ["data.weights", "finite"]),
         ({"data": {"tokenizer": "huggingface"}}, ["data.tokenizer_path"]),
         ({"data": {"tokenizer": "bytes", "tokenizer_path": "x"}}, ["data.tokenizer_path = 'x'", "bytes"]),
+        (
+            {"model": {"architecture": "encoder", "layers": "attention+mamba2"}, "objective": {"name": "masked_lm"}},
+            ["model.layers = 'attention+mamba2'", "mamba2", "encoder"],
+        ),
+        (
+            {
+                "model": {"architecture": "encoder_decoder", "layers": "mamba2", "encoder_layers": "retention"},
+                "objective": {"name": "span_corruption"},
+            },
+            ["model.encoder_layers = 'retention'", "encoder"],
+        ),
+        ({"model": {"layers": "performer.window"}}, ["model.layers = 'performer.window'", "'window'"]),
+        (
+            {"model": {"layers": "linear_attention"}, "objective": {"name": "prefix_lm"}},
+            ["model.layers = 'linear_attention'", "objective.name = 'prefix_lm'"],
+        ),
+        ({"model": {"layers": "retention", "state_width": 7}}, ["model.layers = 'retention'", "'rotary'", "7"]),
+        (
+            {"model": {"layers": "2*gated_delta_net", "positions": "alibi"}},
+            ["model.layers = '2*gated_delta_net'", "model.positions = 'alibi'"],
+        ),
         ({"evaluation": {"sample_prompt": "\udcff"}}, ["evaluation.sample_prompt", "UTF-8"]),
     ],
 )
@@ -269,6 +291,11 @@ def test_keys_that_contradict_each_other(changes: dict[str, Any], named: list[st
         {"train": {"batch_warmup_steps": 1000, "num_microbatches": 2}},
         {"parallel": {"coordinator": "host:1", "num_processes": 2, "process_id": 0}},
         {"parallel": {"fsdp": 1, "tensor": -1}},
+        {"model": {"layers": "gated_delta_net+attention", "positions": "relative"}},
+        {
+            "model": {"architecture": "encoder_decoder", "layers": "mamba2", "encoder_layers": "attention"},
+            "objective": {"name": "span_corruption"},
+        },
         {"data": {"validation_tail": 0.1}, "model": {"dropout": 0.0}},
     ],
 )

@@ -26,6 +26,7 @@ BASE = ModelConfig(
     scan_layers=False,
     attention_implementation="reference",
 )
+STATES = {"num_kv_heads": 2, "state_width": 6, "num_features": 8, "chunk_length": 4}
 DECODERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scanned, grouped": {"scan_layers": True, "num_kv_heads": 2},
@@ -80,6 +81,10 @@ DECODERS: dict[str, dict[str, Any]] = {
         "rotary_head_width": 2,
         "positions": "relative",
     },
+    "linear, performer, retention": {"layers": "linear_attention/none+performer/none+retention", "num_layers": 3}
+    | STATES,
+    "gated linear and Mamba-2": {"layers": "gated_linear_attention/none+mamba2/none"} | STATES,
+    "gated delta net and attention": {"layers": "gated_delta_net/none+attention", "scan_layers": True, **STATES},
     "encoder-decoder": {"architecture": "encoder_decoder", "num_encoder_layers": 1},
     "encoder-decoder, relative, scanned": {
         "architecture": "encoder_decoder",

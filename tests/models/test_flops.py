@@ -3,15 +3,19 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer.config import ModelConfig
+from transformer.config import LayerKind, ModelConfig
+from transformer.config.model import LinearMixer
 from transformer.models.flops import PEAK_FLOPS, forward_flops, peak_flops, training_flops_per_token
-from transformer.models.parameters import abstract_parameters
+from transformer.models.linear_flops import linear_mixer_flops
+from transformer.models.masks import Tokens
+from transformer.models.mixers import Context, make_mixer
+from transformer.models.parameters import abstract_parameters, bind
 from transformer.models.transformer import Transformer, apply
 from transformer.objectives.cross_entropy import softmax_cross_entropy
 
@@ -95,6 +99,39 @@ def test_count_is_that_of_the_compiled_program(changes):
     assert product_flops(compiled(loss)) == pytest.approx(expected, rel=0.01)
     expected = rows * length * training_flops_per_token(config, length, source_length=source)
     assert product_flops(compiled(jax.value_and_grad(loss))) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", get_args(LinearMixer))
+def test_a_mixer_with_a_state_counts_as_it_compiles(name):
+    length, rows, heads, keys, values = 64, 3, 4, 24, 16
+    config = ModelConfig(width=64, chunk_length=32, num_heads=heads, num_kv_heads=2, state_width=keys, num_features=40)
+    mixer = make_mixer(config, LayerKind(name), 1)
+    ones = jnp.ones((rows, length), jnp.int32)
+    context = Context(Tokens(ones, ones), Tokens(ones, ones))
+
+    def run(params, x):
+        return bind(mixer, params)(x, context, None, 0)[0]
+
+    quick, x = {"xla_backend_optimization_level": 0}, jax.ShapeDtypeStruct((rows, length, 64), jnp.float32)
+    lowered: Any = jax.jit(run, compiler_options=quick).lower(abstract_parameters(mixer), x)
+    expected = sum(linear_mixer_flops(config, name, length).values())
+    if name == "gated_linear_attention":
+        # Of a chunk's pairs, those between halves are products; those within eight tokens are computed one by one.
+        expected -= 2 * 2 * heads * keys * (32 * 32 - (16 * 16 + 2 * 8 * 8))
+    if name == "gated_delta_net":
+        expected -= 2 * heads * keys * keys * values  # of two turns of the loop, the program shows one
+    assert product_flops(lowered.compile().as_text()) == pytest.approx(rows * expected, rel=0.01)
+
+
+def test_mixers_with_a_state_are_linear_in_the_length():
+    for name in get_args(LinearMixer):
+        short, long = (forward_flops(dataclasses.replace(GPT2, layers=name), length) for length in (128, 16 * 128))
+        assert {part: 16 * flops for part, flops in short.items()} == long and long["attention_scores"] == 0
+    hybrid = dataclasses.replace(GPT2, layers="3*mamba2+attention")
+    parts, attention = forward_flops(hybrid, 1024), forward_flops(GPT2, 1024)
+    assert parts["attention_scores"] * 4 == attention["attention_scores"]
+    pure = forward_flops(dataclasses.replace(GPT2, layers="mamba2"), 1024)
+    assert parts["recurrence"] * 4 == pure["recurrence"] * 3 > 0
 
 
 def test_a_padded_vocabulary_is_not_counted():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from transformer.config.model import FeedForwardKind, LayerKind, Mixer, ModelConfig, Pattern, parse_layers
+from transformer.config.model import FeedForwardKind, LayerKind, LinearMixer, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
     Config,
     ConfigError,
@@ -212,6 +212,8 @@ def _layer_problems(config: Config) -> Iterator[str]:
                 if name not in known:
                     yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
         yield from _kind_problems(model, label, kinds, key == "layers" and model.has_decoder)
+        is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
+        yield from _state_problems(config, label, kinds, is_encoder)
         for name, depth in stacks.items():
             if depth > 0 and depth % len(kinds):
                 yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
@@ -235,6 +237,26 @@ def _kind_problems(model: ModelConfig, label: str, kinds: tuple[LayerKind, ...],
             yield f"model.qk_norm = True with {label}: latent_attention normalises what keys and queries are made from"
         if model.positions == "rotary" and model.rotary_head_width % 2:
             yield f"model.rotary_head_width = {model.rotary_head_width}: must be even, for rotary positions turn pairs"
+
+
+def _state_problems(config: Config, label: str, kinds: tuple[LayerKind, ...], is_encoder: bool) -> Iterator[str]:
+    """What mixers with a state cannot do, and positions that need attention."""
+    model = config.model
+    for mixer, pattern in dict.fromkeys((k.mixer, k.pattern) for k in kinds if k.mixer in get_args(LinearMixer)):
+        if is_encoder:
+            advice = "an encoder needs attention (model.encoder_layers has its own layers)"
+            yield f"{label}: {mixer} sees only what came before; {advice}"
+        if pattern != "full":
+            yield f"{label}: {mixer} sees everything before a token; patterns such as {pattern!r} are attention's"
+        if config.objective.name == "prefix_lm":
+            yield f"{label}: {mixer} cannot see a prefix both ways, as objective.name = 'prefix_lm' asks"
+        if mixer == "retention" and model.positions == "rotary" and model.state_dim % 2:
+            odd = f"{model.state_dim} (model.state_width, or the head's width)"
+            yield f"{label}: model.positions = 'rotary' turns pairs of a key's dimensions, of which there are {odd}"
+    if model.positions in ("alibi", "relative") and not any(
+        kind.mixer in ("attention", "latent_attention") for kind in kinds
+    ):
+        yield f"{label}: model.positions = {model.positions!r} is a bias of attention, and no layer has attention"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

@@ -4,9 +4,13 @@ A product of [m, k] and [k, n] counts 2 m k n. Norms, softmax and other elementw
 usual definition of model FLOPs (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
+import importlib
+from typing import get_args
+
 import jax
 
 from transformer.config import LayerKind, ModelConfig
+from transformer.config.model import LinearMixer
 from transformer.models.parameters import ParameterSpec, Tree, map_specs
 
 PEAK_FLOPS = {
@@ -32,39 +36,20 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
     `attention_scores_causal` for the half (with the diagonal) that a causal mask leaves; an encoder has them in full in both.
     Pairs that a sparse pattern leaves out are counted, and choices that experts have no room for. Padding columns of the
     vocabulary are not, nor experts that a token does not pass through; where experts choose, each token is taken to be
-    chosen `experts_per_token` times. An encoder-decoder reads `source_length` tokens for the `length` that it writes.
+    chosen `experts_per_token` times. Mixers with a state count in their chunkwise form, whichever runs. An encoder-decoder
+    reads `source_length` tokens for the `length` that it writes.
     """
     assert config.vocab_size is not None
-    matrices = 3 if config.gated else 2
     queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     names = ("attention_projections", "attention_scores", "attention_scores_causal", "feedforward")
     parts: dict[str, int] = {name: 0 for name in names}
 
     def stack(kinds: tuple[LayerKind, ...], layers: int, tokens: int, causal: bool) -> None:
         for kind in kinds:
-            count = layers // len(kinds)
-            projections, pair = config.width * (queries + 2 * keys + queries), 2 * queries
-            if kind.mixer == "latent_attention":
-                projections, pair = latent_attention()
-            parts["attention_projections"] += count * 2 * tokens * projections
-            parts["attention_scores"] += count * 2 * tokens * tokens * pair
-            parts["attention_scores_causal"] += count * tokens * (tokens + 1 if causal else 2 * tokens) * pair
-            parts["feedforward"] += count * 2 * tokens * config.width * feedforward_width(kind)
-
-    def feedforward_width(kind: LayerKind) -> int:
-        """Columns of all matrices of a layer that meet one token, the last one's transposed."""
-        if kind.feedforward == "experts":
-            used = config.experts_per_token + config.num_shared_experts
-            return config.num_experts + used * config.expert_dim * matrices
-        return config.ff_width * matrices if kind.feedforward == "dense" else 0
-
-    def latent_attention() -> tuple[int, int]:
-        """Products with weights for a token, and for a pair of tokens, keys and values being made from the latents."""
-        latent, query_latent = config.latent_width, config.query_latent_width
-        query = config.num_heads * (config.head_dim + config.rotary_head_width)
-        queried = config.width * query if query_latent is None else query_latent * (config.width + query)
-        made = config.width * (latent + config.rotary_head_width) + 2 * latent * queries
-        return queried + made + queries * config.width, query + queries
+            costs = mixer_flops(config, kind, tokens, causal)
+            costs["feedforward"] = 2 * tokens * config.width * _feedforward_columns(config, kind)
+            for name, flops in costs.items():
+                parts[name] = parts.get(name, 0) + layers // len(kinds) * flops
 
     if config.has_decoder:
         stack(config.kinds, config.num_layers, length, True)
@@ -84,6 +69,35 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
     outputs = config.num_labels or config.vocab_size
     parts["logits"] = (1 + heads) * 2 * length * config.width * outputs
     return parts
+
+
+def mixer_flops(config: ModelConfig, kind: LayerKind, length: int, causal: bool) -> dict[str, int]:
+    """Returns the FLOPs of one layer's mixer over `length` tokens by part."""
+    if kind.mixer in get_args(LinearMixer):
+        return importlib.import_module("transformer.models.linear_flops").linear_mixer_flops(config, kind.mixer, length)
+    queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
+    projections, pair = config.width * (queries + 2 * keys + queries), 2 * queries
+    if kind.mixer == "latent_attention":
+        # Keys and values are made from the latents of all tokens.
+        latent, query_latent = config.latent_width, config.query_latent_width
+        query = config.num_heads * (config.head_dim + config.rotary_head_width)
+        queried = config.width * query if query_latent is None else query_latent * (config.width + query)
+        made = config.width * (latent + config.rotary_head_width) + 2 * latent * queries
+        projections, pair = queried + made + queries * config.width, query + queries
+    return {
+        "attention_projections": 2 * length * projections,
+        "attention_scores": 2 * length * length * pair,
+        "attention_scores_causal": length * (length + 1 if causal else 2 * length) * pair,
+    }
+
+
+def _feedforward_columns(config: ModelConfig, kind: LayerKind) -> int:
+    """Returns the columns of all matrices of a layer that meet one token, the last one's transposed."""
+    matrices = 3 if config.gated else 2
+    if kind.feedforward == "experts":
+        used = config.experts_per_token + config.num_shared_experts
+        return config.num_experts + used * config.expert_dim * matrices
+    return config.ff_width * matrices if kind.feedforward == "dense" else 0
 
 
 def active_parameters(config: ModelConfig, specs: Tree) -> int:

@@ -74,6 +74,12 @@ class MixerModule(Protocol):
 MIXERS: dict[str, tuple[str, str]] = {
     "attention": ("transformer.models.attention", "SelfAttention"),
     "latent_attention": ("transformer.models.latent_attention", "LatentAttention"),
+    "linear_attention": ("transformer.models.linear_attention", "LinearAttention"),
+    "performer": ("transformer.models.performer", "Performer"),
+    "retention": ("transformer.models.retention", "Retention"),
+    "gated_linear_attention": ("transformer.models.gated_linear_attention", "GatedLinearAttention"),
+    "gated_delta_net": ("transformer.models.gated_delta_net", "GatedDeltaNet"),
+    "mamba2": ("transformer.models.mamba2", "Mamba2"),
 }
 """Module and class by name, loaded when a model asks for them."""
 
