@@ -149,8 +149,8 @@ def test_five_mistakes_give_five_messages(
         (["describe", "--config", "."], "'.' is not a run directory: it has no config.json"),
         (
             ["describe", "--config", "nowhere"],
-            "--config = 'nowhere': no such recipe or file; recipes are aiayn_base, aiayn_big, gpt2_124m, moe_8x, "
-            "multi30k_transformer, shakespeare_char, shakespeare_char_20min, shakespeare_char_cpu, stdlib",
+            "--config = 'nowhere': no such recipe or file; recipes are "
+            + ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))),
         ),
         (["describe", "--jsn"], "--jsn is not an option (did you mean json?)"),
         (["describe", "--json", "x"], "--json takes no value, so 'x' belongs to no option"),

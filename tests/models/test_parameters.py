@@ -1,13 +1,15 @@
 """Parameters: counts, padding rows, initial values, and what derives from one declaration."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import ModelConfig
+from configs import hybrid_1b
+from transformer.config import ModelConfig, replace
 from transformer.models.parameters import (
     abstract_parameters,
     bind,
@@ -56,6 +58,18 @@ def test_count_of_grouped_gated_model_by_hand():
     attention = 32 * 32 + 2 * 32 * 16 + 32 * 32
     assert config.ff_width == 128
     assert num_parameters(Transformer(config)) == 203 * 32 + 3 * (attention + 3 * 32 * 128 + 2 * 32)
+
+
+def test_count_of_the_hybrid_recipe_by_hand():
+    config = replace(hybrid_1b.get_config(), model={"scan_layers": True}).model
+    width, heads, feedforward = 2048, 16, 3 * 2048 * 5504
+    delta = 5 * width**2 + 3 * 4 * width + 2 * heads * width + 2 * heads + width // heads
+    layers = 16 * (feedforward + 2 * width) + 12 * delta + 4 * 4 * width**2
+    count = 50_257 * width + width + layers
+    assert num_parameters(Transformer(config)) == count == 963_909_504
+    held = jax.eval_shape(lambda: init_parameters(Transformer(config), jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(held)) == count + (50_304 - 50_257) * width
+    assert f"{count:,}" in str(hybrid_1b.__doc__)
 
 
 def test_padding_rows_are_zero_and_not_counted():
