@@ -632,9 +632,57 @@ def test_a_pattern_of_layers_is_read() -> None:
         ({"layers": "atention"}, "'atention' is not a mixer"),
         ({"layers": "attention.windw"}, "'windw' is not a pattern, which are full, window, dilated, block_sparse (did"),
         ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, experts, none (did"),
+        ({"layers": "lstm.window"}, "only attention has keys that a pattern such as window leaves out, not lstm"),
         ({"layers": "3*attention"}, "is a period of 3 layers, which does not divide model.num_layers = 4"),
     ],
 )
 def test_a_wrong_pattern_of_layers_is_told(changes: dict[str, Any], expected: str) -> None:
     (problem,) = problems_of(replace(Config(), model=changes))
     assert problem.startswith(f"model.layers = {changes['layers']!r}") and expected in problem
+
+
+PAIRS = {"architecture": "encoder_decoder"}
+RULES: list[tuple[dict[str, Any], str, str | None]] = [
+    (
+        {"cross_attention": "luong"},
+        "causal",
+        "model.cross_attention = 'luong': only model.architecture = 'encoder_decoder' reads an encoder, not 'decoder'",
+    ),
+    (
+        PAIRS | {"cross_attention": "bahdanau", "layers": "mingru+attention"},
+        "span_corruption",
+        "model.cross_attention = 'bahdanau': it is part of the steps of lstm and gru, of which there is none in "
+        "model.layers = 'mingru+attention'",
+    ),
+    (
+        PAIRS | {"encoder_layers": "gru", "recurrent_width": 33},
+        "span_corruption",
+        "model.recurrent_width = 33: must be even, for half of an encoder's recurrent state goes each way",
+    ),
+    (
+        {"architecture": "encoder", "layers": "lstm", "width": 33},
+        "masked_lm",
+        "model.width = 33: must be even, for half of an encoder's recurrent state goes each way",
+    ),
+    (
+        {"layers": "attention+gru"},
+        "prefix_lm",
+        "model.layers = 'attention+gru': a recurrent layer of a decoder cannot see a prefix both ways, which "
+        "objective.name = 'prefix_lm' needs",
+    ),
+    ({"layers": "lstm+gru/none", "width": 33}, "causal", None),  # without heads, their width is nothing to divide
+    (PAIRS | {"cross_attention": "bahdanau", "layers": "gru", "num_heads": 7}, "span_corruption", None),
+    (PAIRS | {"cross_attention": "luong", "layers": "mingru+attention"}, "span_corruption", None),
+    (PAIRS | {"layers": "lstm", "encoder_layers": "attention"}, "span_corruption", None),
+    (
+        PAIRS | {"layers": "lstm", "num_heads": 7},
+        "span_corruption",
+        "model.width = 256 is not divisible by model.num_heads = 7: change one, or set model.head_width",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "objective", "sentence"), RULES)
+def test_what_recurrent_layers_cannot_do_is_told(changes: dict[str, Any], objective: str, sentence: str | None) -> None:
+    problems = problems_of(replace(Config(), model=changes, objective={"name": objective}))
+    assert problems == ([] if sentence is None else [sentence])

@@ -92,6 +92,29 @@ DECODERS: dict[str, dict[str, Any]] = {
         "scan_layers": True,
         "norm_placement": "sandwich",
     },
+    "LSTM": {"layers": "lstm/none", "norm": "none", "residuals": False, "positions": "none"},
+    "GRU, wide, and attention, scanned": {"layers": "gru+attention/none", "recurrent_width": 24, "scan_layers": True},
+    "minGRU": {"layers": "mingru", "positions": "none"},
+    "encoder-decoder, Bahdanau": {
+        "architecture": "encoder_decoder",
+        "layers": "gru/none",
+        "cross_attention": "bahdanau",
+        "positions": "none",
+    },
+    "encoder-decoder, Bahdanau, scanned": {
+        "architecture": "encoder_decoder",
+        "layers": "lstm",
+        "encoder_layers": "attention",
+        "cross_attention": "bahdanau",
+        "scan_layers": True,
+    },
+    "encoder-decoder, Luong": {
+        "architecture": "encoder_decoder",
+        "layers": "lstm/none",
+        "encoder_layers": "mingru",
+        "cross_attention": "luong",
+        "positions": "none",
+    },
 }
 
 

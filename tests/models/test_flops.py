@@ -134,6 +134,59 @@ def test_mixers_with_a_state_are_linear_in_the_length():
     assert parts["recurrence"] * 4 == pure["recurrence"] * 3 > 0
 
 
+def traced_flops(jaxpr: Any, times: int = 1) -> int:
+    """Adds up 2 m k n over the matrix products of a traced program, those of a loop as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            shape, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * times * math.prod(shape[dim] for dim in left) * math.prod(result)
+        runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            total += traced_flops(inner, runs) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": "lstm+mingru/none"},
+        {"layers": "gru", "recurrent_width": 96},
+        {"architecture": "encoder", "layers": "gru/none"},
+        {"layers": "gru/none", "encoder_layers": "lstm", "cross_attention": "bahdanau"},
+        {"layers": "gru+mingru", "encoder_layers": "mingru", "cross_attention": "bahdanau", "recurrent_width": 96},
+        {"layers": "lstm/none", "cross_attention": "luong"},
+    ],
+    ids=["decoder", "wide", "encoder", "bahdanau", "wide bahdanau", "luong"],
+)
+def test_count_of_recurrent_layers_is_that_of_the_traced_program(changes):
+    length, source, rows = 32, 20, 3
+    shape = {"num_layers": 2, "width": 64, "num_heads": 4, "positions": "none", "scan_layers": False}
+    if "cross_attention" in changes:
+        changes = changes | {"architecture": "encoder_decoder"}
+    config = ModelConfig(vocab_size=256, **(shape | changes))
+    model = Transformer(config)
+    read = {f"encoder_{name}": source for name in ("inputs", "positions", "segment_ids")}
+    sizes = {name: length for name in ("inputs", "targets", "positions", "segment_ids")}
+    sizes |= read if "cross_attention" in changes else {}
+    batch = {name: jax.ShapeDtypeStruct((rows, size), jnp.int32) for name, size in sizes.items()}
+
+    def loss(params, batch):
+        outputs = apply(model, params, batch)
+        return jnp.sum(outputs.logits(outputs.hidden))
+
+    parts = forward_flops(config, length, source)
+    expected = rows * sum(value for name, value in parts.items() if name != "attention_scores_causal")
+    params = abstract_parameters(model)
+    assert traced_flops(jax.make_jaxpr(loss)(params, batch).jaxpr) == expected
+    expected = rows * length * training_flops_per_token(config, length, source_length=source)
+    found = traced_flops(jax.make_jaxpr(jax.value_and_grad(loss))(params, batch).jaxpr)
+    # An additive score's gradient has one product of its three written as a multiplication.
+    assert found == pytest.approx(expected, rel=0.02)
+
+
 def test_a_padded_vocabulary_is_not_counted():
     padded = dataclasses.replace(GPT2, vocab_size=50_304)
     difference = forward_flops(padded, 8)["logits"] - forward_flops(GPT2, 8)["logits"]

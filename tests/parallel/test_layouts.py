@@ -49,6 +49,7 @@ MODELS = {
     "scanned": {"model": SCANNED, "objective": {"z_loss": 1e-3}},
     "microbatches": {"model": SCANNED, "train": {"num_microbatches": 2}},
     "dropout": {"model": SCANNED | {"dropout": 0.1}},
+    "recurrent": {"model": {"layers": "lstm/none", "recurrent_width": 48, "positions": "none", "scan_layers": True}},
 }
 
 
@@ -148,6 +149,13 @@ def test_a_scanned_model_too(split, run):
 
 def test_microbatches_too(run):
     same(run, "microbatches", (2, 2, 2))
+
+
+def test_recurrent_layers_too(run, capfd):
+    split, alone = run("recurrent", "sgd", 2, 2, 2), run("recurrent", "sgd", 1, 1, 1)
+    np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5)
+    assert_equal(split["last"].params, alone["last"].params)
+    assert "rematerialization" not in capfd.readouterr().err, "the compiler replicates an activation"
 
 
 def test_dropout_draws_the_same_on_every_mesh(run):

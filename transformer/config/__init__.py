@@ -6,6 +6,7 @@ imports neither JAX nor any other heavy package, so that `--help` answers quickl
 """
 
 from transformer.config.model import (
+    RECURRENT,
     VOCAB_ROW_MULTIPLE,
     LayerKind,
     ModelConfig,

@@ -13,8 +13,11 @@ LinearMixer = Literal[
 ]
 """Mixers that read the past from a state of constant size."""
 
-Mixer = Literal["attention", "latent_attention", LinearMixer]
+Mixer = Literal["attention", "latent_attention", "lstm", "gru", "mingru", LinearMixer]
 """What lets tokens exchange information: `transformer.models.mixers` has the table."""
+
+RECURRENT: tuple[Mixer, ...] = ("lstm", "gru", "mingru")
+"""Mixers that are recurrent networks."""
 
 Pattern = Literal["full", "window", "dilated", "block_sparse"]
 """Which of the keys that causality and segments allow a query of an attention layer sees."""
@@ -69,6 +72,10 @@ class ModelConfig:
     """The same for the encoder of an encoder-decoder; None: `layers`."""
     width: int = 256
     """Width of the residual stream (D)."""
+    recurrent_width: int | None = None
+    """Width of the state (W) of layers that are lstm, gru or mingru, both directions of an encoder's together; None: width."""
+    cross_attention: Literal["attention", "bahdanau", "luong"] = "attention"
+    """How a decoder reads its encoder: with heads; by an additive score inside lstm and gru layers; by a bilinear one."""
 
     # Attention.
     num_heads: int = 4
@@ -238,6 +245,10 @@ class ModelConfig:
     @property
     def expert_dim(self) -> int:
         return self.ff_width if self.expert_width is None else self.expert_width
+
+    @property
+    def recurrent_dim(self) -> int:
+        return self.width if self.recurrent_width is None else self.recurrent_width
 
     @property
     def encoder_depth(self) -> int:

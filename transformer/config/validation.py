@@ -1,11 +1,21 @@
 """What can be wrong with a configuration: each check appends a sentence that names the key, its value and what is allowed."""
 
+import importlib
 import math
 import re
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
-from transformer.config.model import FeedForwardKind, LayerKind, LinearMixer, Mixer, ModelConfig, Pattern, parse_layers
+from transformer.config.model import (
+    RECURRENT,
+    FeedForwardKind,
+    LayerKind,
+    LinearMixer,
+    Mixer,
+    ModelConfig,
+    Pattern,
+    parse_layers,
+)
 from transformer.config.schema import (
     Config,
     ConfigError,
@@ -169,7 +179,12 @@ def _recall_problems(config: Config) -> Iterator[str]:
 
 def _model_problems(config: Config) -> Iterator[str]:
     model, heads = config.model, f"model.num_heads = {config.model.num_heads}"
-    if model.num_heads > 0:
+    is_recurrent = any(name in f"{model.layers} {model.encoder_layers}" for name in RECURRENT)
+    rules: Any = None
+    if is_recurrent or model.cross_attention != "attention":
+        rules = importlib.import_module("transformer.config.recurrent")
+        yield from rules.recurrent_problems(config)
+    if model.num_heads > 0 and (rules is None or rules.has_heads(model)):
         if model.head_width is None and model.width % model.num_heads:
             yield f"model.width = {model.width} is not divisible by {heads}: change one, or set model.head_width"
         elif model.positions == "rotary" and model.head_dim % 2:
@@ -211,6 +226,12 @@ def _layer_problems(config: Config) -> Iterator[str]:
             ):
                 if name not in known:
                     yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
+            if (
+                kind.mixer in get_args(Mixer)
+                and kind.mixer not in ("attention", "latent_attention")
+                and kind.pattern != "full"
+            ):
+                yield f"{label}: only attention has keys that a pattern such as {kind.pattern} leaves out, not {kind.mixer}"
         yield from _kind_problems(model, label, kinds, key == "layers" and model.has_decoder)
         is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
         yield from _state_problems(config, label, kinds, is_encoder)
@@ -242,12 +263,10 @@ def _kind_problems(model: ModelConfig, label: str, kinds: tuple[LayerKind, ...],
 def _state_problems(config: Config, label: str, kinds: tuple[LayerKind, ...], is_encoder: bool) -> Iterator[str]:
     """What mixers with a state cannot do, and positions that need attention."""
     model = config.model
-    for mixer, pattern in dict.fromkeys((k.mixer, k.pattern) for k in kinds if k.mixer in get_args(LinearMixer)):
+    for mixer in dict.fromkeys(kind.mixer for kind in kinds if kind.mixer in get_args(LinearMixer)):
         if is_encoder:
             advice = "an encoder needs attention (model.encoder_layers has its own layers)"
             yield f"{label}: {mixer} sees only what came before; {advice}"
-        if pattern != "full":
-            yield f"{label}: {mixer} sees everything before a token; patterns such as {pattern!r} are attention's"
         if config.objective.name == "prefix_lm":
             yield f"{label}: {mixer} cannot see a prefix both ways, as objective.name = 'prefix_lm' asks"
         if mixer == "retention" and model.positions == "rotary" and model.state_dim % 2:

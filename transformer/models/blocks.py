@@ -14,7 +14,7 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import Cache, map_cache
 from transformer.models.feedforward import Auxiliary, make_feedforward
 from transformer.models.layers import Norm, dropout
-from transformer.models.mixers import Context, make_bias, make_cross_attention, make_mixer
+from transformer.models.mixers import Context, make_bias, make_cross_attention, make_mixer, reads_memory
 from transformer.models.parameters import Tree, bind, parameter_specs, stack
 from transformer.parallel.sharding import constrain
 
@@ -22,9 +22,9 @@ from transformer.parallel.sharding import constrain
 class Block(nnx.Module):
     """One layer: it mixes tokens, reads the encoder if there is one, and ends with the MLP."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int, reads_encoder: bool):
-        self.config = config
-        self.mixer_norm, self.mixer = Norm(config), make_mixer(config, kind, num_layers)
+    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int, causal: bool, reads_encoder: bool):
+        self.config, self.mixer_reads = config, reads_encoder and reads_memory(config, kind)
+        self.mixer_norm, self.mixer = Norm(config), make_mixer(config, kind, num_layers, causal, reads_encoder)
         self.cross = make_cross_attention(config, num_layers) if reads_encoder else None
         self.cross_norm = None if self.cross is None else Norm(config)
         self.feedforward = make_feedforward(config, kind, num_layers)
@@ -97,7 +97,8 @@ class Block(nnx.Module):
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
         """Returns what the block remembers, by part."""
-        own = {"mixer": self.mixer.cache_specs(batch_size, length)}
+        lengths = (length, source_length) if self.mixer_reads else (length,)
+        own = {"mixer": self.mixer.cache_specs(batch_size, *lengths)}
         return own | ({} if self.cross is None else {"cross": self.cross.cache_specs(batch_size, source_length)})
 
 
@@ -147,7 +148,7 @@ class Stack(nnx.Module):
     ):
         self.config, self.causal, self.num_periods = config, causal, num_layers // len(kinds)
         assert self.num_periods * len(kinds) == num_layers, "validated"
-        blocks = [Block(config, kind, num_layers, reads_encoder) for kind in kinds]
+        blocks = [Block(config, kind, num_layers, causal, reads_encoder) for kind in kinds]
         self.layers = stack(blocks[0] if len(blocks) == 1 else Period(blocks), self.num_periods)
         self.final_norm = None if config.norm_placement == "post" else Norm(config)
         self.bias = make_bias(config, causal)

@@ -9,9 +9,11 @@ from typing import get_args
 
 import jax
 
-from transformer.config import LayerKind, ModelConfig
+from transformer.config import RECURRENT, LayerKind, ModelConfig
 from transformer.config.model import LinearMixer
 from transformer.models.parameters import ParameterSpec, Tree, map_specs
+
+_RECURRENT = "transformer.models.recurrent_flops"
 
 PEAK_FLOPS = {
     # Dense bfloat16 FLOP/s by `device_kind`, from the vendors' data sheets and the Cloud TPU documentation.
@@ -61,6 +63,8 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
             projections = 2 * config.width * (2 * length * queries + 2 * source_length * keys)
             parts["cross_attention_projections"] = config.num_layers * projections
             parts["cross_attention_scores"] = config.num_layers * 4 * length * source_length * queries
+            if config.cross_attention != "attention":
+                parts |= importlib.import_module(_RECURRENT).cross_flops(config, length, source_length)
     heads = config.num_future_tokens
     if heads:
         # Each further token: a joining map, a block and the logits.
@@ -75,6 +79,8 @@ def mixer_flops(config: ModelConfig, kind: LayerKind, length: int, causal: bool)
     """Returns the FLOPs of one layer's mixer over `length` tokens by part."""
     if kind.mixer in get_args(LinearMixer):
         return importlib.import_module("transformer.models.linear_flops").linear_mixer_flops(config, kind.mixer, length)
+    if kind.mixer in RECURRENT:
+        return importlib.import_module(_RECURRENT).layer_flops(config, kind, length, causal)
     queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     projections, pair = config.width * (queries + 2 * keys + queries), 2 * queries
     if kind.mixer == "latent_attention":

@@ -21,7 +21,7 @@ class FutureToken(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.hidden_norm, self.token_norm = Norm(config), Norm(config)
         self.join = Linear(config, (2 * config.width, config.width), ("joined", "embed"))
-        self.block = Block(config, config.kinds[-1], config.num_layers, False)
+        self.block = Block(config, config.kinds[-1], config.num_layers, True, False)
         self.final_norm = Norm(config)
 
 

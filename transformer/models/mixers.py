@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Float, Int
 
-from transformer.config import LayerKind, ModelConfig
+from transformer.config import RECURRENT, LayerKind, ModelConfig
 from transformer.models.cache import Cache, CacheSpec
 from transformer.models.masks import Mask, Sparsity, Tokens
 from transformer.models.positions import Angles
@@ -67,7 +67,10 @@ class MixerModule(Protocol):
         ...
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
-        """Returns what the layer remembers of up to `length` tokens of each of `batch_size` sequences."""
+        """Returns what the layer remembers of up to `length` tokens of each of `batch_size` sequences.
+
+        A mixer that reads the encoder (`reads_memory`) is given the length of what it reads as well.
+        """
         ...
 
 
@@ -80,14 +83,27 @@ MIXERS: dict[str, tuple[str, str]] = {
     "gated_linear_attention": ("transformer.models.gated_linear_attention", "GatedLinearAttention"),
     "gated_delta_net": ("transformer.models.gated_delta_net", "GatedDeltaNet"),
     "mamba2": ("transformer.models.mamba2", "Mamba2"),
+    **{name: ("transformer.models.recurrent", "Recurrent") for name in RECURRENT},
 }
 """Module and class by name, loaded when a model asks for them."""
 
+CROSS_ATTENTION: dict[str, tuple[str, str]] = {
+    "attention": ("transformer.models.attention", "CrossAttention"),
+    "luong": ("transformer.models.luong", "LuongAttention"),
+}
+"""What reads the encoder after the mixer, in the same way; additive attention (`bahdanau`) is part of the recurrence."""
 
-def make_mixer(config: ModelConfig, kind: LayerKind, num_layers: int) -> Any:
-    """Returns the mixer of a layer."""
+
+def reads_memory(config: ModelConfig, kind: LayerKind) -> bool:
+    """Returns whether a decoder's mixer reads the encoder itself, step by step; minGRU has no steps."""
+    return config.cross_attention == "bahdanau" and kind.mixer in ("lstm", "gru")
+
+
+def make_mixer(config: ModelConfig, kind: LayerKind, num_layers: int, causal: bool, reads_encoder: bool) -> Any:
+    """Returns the mixer of a layer. Recurrent ones have other parameters where they see the future, or the encoder."""
     module, name = MIXERS[kind.mixer]
-    return getattr(importlib.import_module(module), name)(config, kind, num_layers)
+    options = (causal, reads_encoder and reads_memory(config, kind)) if kind.mixer in RECURRENT else ()
+    return getattr(importlib.import_module(module), name)(config, kind, num_layers, *options)
 
 
 def make_bias(config: ModelConfig, causal: bool) -> Any:
@@ -98,5 +114,8 @@ def make_bias(config: ModelConfig, causal: bool) -> Any:
 
 
 def make_cross_attention(config: ModelConfig, num_layers: int) -> Any:
-    """Returns the part of a decoder's block that reads the encoder."""
-    return importlib.import_module("transformer.models.attention").CrossAttention(config, num_layers)
+    """Returns the part of a decoder's block that reads the encoder, None where mixers do that themselves."""
+    if config.cross_attention not in CROSS_ATTENTION:
+        return None
+    module, name = CROSS_ATTENTION[config.cross_attention]
+    return getattr(importlib.import_module(module), name)(config, num_layers)

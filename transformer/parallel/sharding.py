@@ -23,6 +23,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # Parameters: `fsdp` splits what `tensor` leaves whole, so that every large array is split by both.
     "vocab": ("tensor",),
     "embed": ("fsdp",),
+    "state": (),
     "positions": (),
     "layers": (),
     "norm": (),
