@@ -75,6 +75,15 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True)
+class ImplementationsOptions:
+    """Show by what attention can be computed, what each implementation takes, and which of them take a configuration."""
+
+    recipe: Recipe = ""
+    """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
 class DescribeOptions:
     """Show parameters by module, FLOPs a token, and sharding and bytes per device of every array; computes nothing."""
 
@@ -236,6 +245,7 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
         raise ConfigError([f"{workdir} holds a trained model, which stays as it is", *problems])
     size = config.evaluation.batch_size or config.train.batch_size
     config = replace(config, evaluation={"num_batches": 0, "batch_size": size})
+    config = replace(config, model={"attention_implementation": "auto"})
     # Nothing is trained here, so only the batch of the evaluation has to divide.
     config = replace(config, train={"batch_size": size, "num_microbatches": 1, "batch_warmup_steps": 0})
     if config.parallel == run.config.parallel and mesh_problems(config, jax.device_count()):
@@ -334,6 +344,23 @@ def describe_config(config: Config) -> dict[str, Any]:
     }
 
 
+def implementations(options: ImplementationsOptions) -> int:
+    from transformer.config.implementations import IMPLEMENTATIONS, MASKS, refusals
+
+    print("| | runs on | masks | bias | soft cap | widths of heads | types | tested without the hardware |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, it in IMPLEMENTATIONS.items():
+        masks = "all" if it.masks == MASKS else ", ".join(it.masks)
+        yes = {True: "yes", False: "no"}
+        cells = (masks, yes[it.bias], yes[it.soft_cap], it.heads, ", ".join(it.dtypes), it.tested)
+        print(f"| `{name}` | {', '.join(it.platforms)} | {' | '.join(cells)} |")
+    print("\nOf this configuration:")
+    for name in IMPLEMENTATIONS:
+        problems = "; ".join(f"{asking}: {takes}" for asking, takes in refusals(options.config, name))
+        print(f"  {name}: {f'no, {problems}' if problems else 'yes'}")
+    return 0
+
+
 VERBS: dict[str, tuple[type[Options], str]] = {
     "prepare": (PrepareOptions, "make tokenizer and token shards"),
     "train": (TrainOptions, "train a model, or go on with a run"),
@@ -341,6 +368,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "generate": (GenerateOptions, "continue prompts"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "describe": (DescribeOptions, "parameters, FLOPs, sharding and bytes of a configuration"),
+    "implementations": (ImplementationsOptions, "what each implementation of attention can compute"),
 }
 
 
@@ -349,7 +377,7 @@ def parse(arguments: Sequence[str]) -> Options:
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help"):
         print("usage: transformer VERB [options]; transformer VERB --help shows them\n")
-        print("\n".join(f"  {name:<10} {what}" for name, (_, what) in VERBS.items()), flush=True)
+        print("\n".join(f"  {name:<15} {what}" for name, (_, what) in VERBS.items()), flush=True)
         raise SystemExit(0)
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}{nearest(verb, tuple(VERBS))}")

@@ -36,6 +36,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "dilated": {"layers": "attention.dilated", "window": 3, "dilation": 2},
     "block-sparse": {"layers": "attention.block_sparse", "sparse_block": 2, "num_window_blocks": 1},
     "local and global": {"layers": "attention.window+attention", "window": 4, "scan_layers": True},
+    "blockwise": {
+        "attention_implementation": "blockwise",
+        "layers": "attention.window",
+        "window": 3,
+        "num_kv_heads": 2,
+    },
     "sinusoidal": {"positions": "sinusoidal"},
     "learned": {"positions": "learned", "num_positions": LENGTH},
     "alibi": {"positions": "alibi"},

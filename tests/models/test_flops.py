@@ -7,15 +7,17 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.config.model import LinearMixer
 from transformer.models.flops import PEAK_FLOPS, forward_flops, peak_flops, training_flops_per_token
 from transformer.models.linear_flops import linear_mixer_flops
-from transformer.models.masks import Tokens
+from transformer.models.masks import Mask, Tokens
 from transformer.models.mixers import Context, make_mixer
 from transformer.models.parameters import abstract_parameters, bind
+from transformer.models.patterns import make_pattern
 from transformer.models.transformer import Transformer, apply
 from transformer.objectives.cross_entropy import softmax_cross_entropy
 
@@ -41,6 +43,47 @@ def test_causal_attention_counts_the_pairs_that_the_mask_leaves():
     assert parts["attention_scores_causal"] == parts["attention_scores"] * pairs / length**2
     difference = training_flops_per_token(GPT2, length) - training_flops_per_token(GPT2, length, causal=True)
     assert difference == 3 * (parts["attention_scores"] - parts["attention_scores_causal"]) / length
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window": {"window": 7},
+    "a window wider than the text": {"window": 60},
+    "window and sinks": {"window": 3, "num_sinks": 5},
+    "dilated": {"window": 4, "dilation": 3},
+    "block-sparse": {"sparse_block": 4, "num_global_blocks": 1, "num_window_blocks": 3, "num_random_blocks": 2},
+}
+KINDS = {"full": "full", "dilated": "dilated", "block-sparse": "block_sparse"}
+
+
+@pytest.mark.parametrize("length", [1, 16, 51])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_sparse_patterns_count_the_pairs_that_they_leave(name, length):
+    """Of a decoder and of an encoder, against the masks themselves."""
+    kind = KINDS.get(name, "window")
+    config = dataclasses.replace(GPT2, layers=f"attention.{kind}", **PATTERNS[name])
+    position, column = np.arange(length)[None, :, None], np.arange(length)[None, None, :]
+    tokens = Tokens(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
+    for causal, architecture in ((True, "decoder"), (False, "encoder")):
+        parts = forward_flops(dataclasses.replace(config, architecture=architecture), length)
+        pattern = make_pattern(config, kind)
+        visible = np.asarray(Mask(tokens, tokens, causal, sparsity=pattern).visible())
+        allowed = pattern.allows(position, column, causal) if pattern is not None else np.ones_like(visible)
+        assert parts["attention_scores"] == 12 * 4 * 768 * np.sum(allowed)
+        assert parts["attention_scores_causal"] == 12 * 4 * 768 * np.sum(visible)
+
+
+def test_a_window_makes_attention_linear_in_the_length():
+    config = dataclasses.replace(GPT2, layers="attention.window", window=256)
+    short, middle, long = (forward_flops(config, length)["attention_scores_causal"] for length in (1024, 8192, 65_536))
+    per_token = 12 * 4 * 768 * 256
+    assert middle - short == per_token * (8192 - 1024)
+    assert long - middle == per_token * (65_536 - 8192)
+    full = [forward_flops(GPT2, length)["attention_scores_causal"] for length in (8192, 65_536)]
+    assert full[1] > 63 * full[0]
+    # One layer in four without a window: its share is counted by itself.
+    mixed = dataclasses.replace(config, layers="3*attention.window+attention")
+    assert forward_flops(mixed, 8192)["attention_scores_causal"] == (3 * middle + full[0]) // 4
 
 
 def product_flops(hlo: str) -> int:

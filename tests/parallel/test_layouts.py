@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from transformer.config import Config
-from transformer.models.dot_product import ATTENTION, dot_product_attention
+from transformer.models import dot_product
 from transformer.models.parameters import init_parameters, is_spec, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.optimizers import make_optimizer
@@ -56,7 +56,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in rows of 16 tokens, the last of them short."""
-    monkeypatch.setitem(ATTENTION, "causal_blocks", functools.partial(dot_product_attention, block=5))
+    monkeypatch.setattr(dot_product, "BLOCK", 5)
 
 
 OPTIMIZERS = {

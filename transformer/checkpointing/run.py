@@ -73,7 +73,9 @@ class Run:
         With `average`, the parameters are the mean of those of that many checkpoints, the last of them that of the step
         (Vaswani et al. 2017, arXiv:1706.03762, section 6.1). Raises ConfigError if there are not as many.
         """
-        model = Transformer(for_platform(self.config.model, jax.default_backend()))
+        # An implementation of attention was named for the machine that trains, and for whole sequences.
+        config = replace(self.config, model={"attention_implementation": "auto"})
+        model = Transformer(for_platform(config.model, jax.default_backend()))
         abstract = map_specs(
             lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
             parameter_specs(model),

@@ -110,8 +110,11 @@ class ModelConfig:
     """Width of what queries are made from (`latent_attention`); None: from the residual stream itself."""
     rotary_head_width: int = 32
     """Part of a head, besides head_width, that carries rotary positions (`latent_attention`)."""
-    attention_implementation: Literal["auto", "reference", "causal_blocks"] = "auto"
-    """All pairs at once, or without the half above the diagonal in blocks, as suits a CPU; `auto`: by platform and mask."""
+    attention_implementation: Literal[
+        "auto", "reference", "causal_blocks", "blockwise", "splash", "cudnn", "tokamax"
+    ] = "auto"
+    """All pairs at once (reference), in blocks (causal_blocks, blockwise), by a kernel of a TPU (splash) or a GPU (cudnn,
+    tokamax); `auto`: by platform, mask and length. `transformer implementations` tells what each can compute."""
 
     # Mixers with a state of constant size.
     recurrence_form: Literal["chunkwise", "parallel", "recurrent"] = "chunkwise"

@@ -52,14 +52,14 @@ _LARGEST |= {"data.sequence_length": 2**24, "model.width": 2**20, "model.num_lay
 _AXIS_KEYS = ("replica", "fsdp", "tensor")
 
 
-def problems_of(config: Config) -> list[str]:
-    """Returns every mistake in `config` that can be seen without looking at data or devices."""
+def problems_of(config: Config, platform: str | None = None) -> list[str]:
+    """Returns every mistake in `config` that can be seen without looking at data or devices, but for their `platform`."""
     problems = list(_range_problems(config))
     wrong = {key for problem in problems for key in mentioned(problem)}
     across = [
         *_data_problems(config.data),
         *_example_problems(config),
-        *_model_problems(config),
+        *_model_problems(config, platform),
         *_run_problems(config),
     ]
     # What follows from a value that is impossible by itself is no mistake of its own.
@@ -177,7 +177,7 @@ def _recall_problems(config: Config) -> Iterator[str]:
         yield f"{label}: each pair needs a key of its own, and there are {(tokens - 4) // 2}"
 
 
-def _model_problems(config: Config) -> Iterator[str]:
+def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
     model, heads = config.model, f"model.num_heads = {config.model.num_heads}"
     is_recurrent = any(name in f"{model.layers} {model.encoder_layers}" for name in RECURRENT)
     rules: Any = None
@@ -195,6 +195,8 @@ def _model_problems(config: Config) -> Iterator[str]:
     if model.positions == "sinusoidal" and model.width % 2:
         yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
     yield from _layer_problems(config)
+    if model.attention_implementation != "auto":
+        yield from importlib.import_module("transformer.config.implementations").problems_of_attention(config, platform)
     tokens = known_vocab_size(config.data)
     if model.vocab_size is not None and tokens is not None and model.vocab_size < tokens:
         advice = "give at least that, or leave it out"
@@ -352,8 +354,9 @@ def _batch_problems(config: Config, shards: int) -> list[str]:
     return [f"{key} = {size} is not divisible by {devices}" for key, size in batches.items() if size % shards]
 
 
-def validate(config: Config, num_devices: int | None = None) -> Config:
+def validate(config: Config, num_devices: int | None = None, platform: str | None = None) -> Config:
     """Returns `config`, or raises one `ConfigError` that lists everything wrong with it."""
-    if problems := problems_of(config) or (mesh_problems(config, num_devices) if num_devices is not None else []):
+    found = problems_of(config, platform)
+    if problems := found or (mesh_problems(config, num_devices) if num_devices is not None else []):
         raise ConfigError(problems)
     return config

@@ -1,15 +1,31 @@
-"""Scaled dot-product attention, written out: what every faster implementation has to agree with."""
+"""Scaled dot-product attention, written out: what every faster implementation has to agree with; and the choice among them."""
 
+import importlib
+import logging
 import math
-from functools import partial
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.config import ConfigError
+from transformer.config.implementations import IMPLEMENTATIONS, Asked
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
+
+BLOCK = 128
+"""Queries that `causal_blocks` takes at a time."""
+
+LONGEST_AT_ONCE = 1024
+"""Tokens, of queries and keys alike, beyond which `auto` takes `blockwise` where it does not take a kernel.
+
+The products of all pairs would be most of the memory, and unrolled blocks would take long to compile and be no faster.
+"""
+
+LONGEST_DENSE_MASK = 8192
+"""Tokens up to which `auto` writes out a mask for cuDNN."""
 
 
 @runtime_checkable
@@ -59,7 +75,7 @@ def dot_product_attention(
         seen = mask.queries(start, stop - start).keys(columns[0], columns[1] - columns[0])
         visible = seen.visible()
         keys = slice(*columns)
-        logits = _product("bkgth,bksh->bkgts", query[:, :, :, start:stop], key[:, :, keys])
+        logits = product("bkgth,bksh->bkgts", query[:, :, :, start:stop], key[:, :, keys])
         if soft_cap:
             logits = soft_cap * jnp.tanh(logits / soft_cap)
         if bias is not None:
@@ -67,33 +83,73 @@ def dot_product_attention(
             logits = logits + values.reshape(values.shape[0], key.shape[1], -1, *values.shape[2:])
         logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        outputs.append(_product("bkgts,bksu->bkgtu", weights, value[:, :, keys]).astype(value.dtype))
+        outputs.append(product("bkgts,bksu->bkgtu", weights, value[:, :, keys]).astype(value.dtype))
         any_visible.append(jnp.any(visible, axis=-1))
     output = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, -1)
     return jnp.where(jnp.concatenate(any_visible, axis=1)[:, :, None, None], output, 0)
 
 
-def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+def product(spec: str, left: Array, right: Array) -> Float[Array, "..."]:
+    """Returns `einsum` with its sums in float32."""
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-ATTENTION: dict[str, Attend] = {
-    "reference": dot_product_attention,
-    "causal_blocks": partial(dot_product_attention, block=128),
-}
-"""The implementations by name; each computes what `dot_product_attention` does."""
-
-LONGEST_IN_BLOCKS = 4096
-"""Tokens up to which `auto` takes blocks: each block is compiled by itself."""
+def causal_blocks(query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:
+    """Returns `dot_product_attention`, `BLOCK` queries at a time."""
+    return dot_product_attention(query, key, value, mask, block=BLOCK, **options)
 
 
 def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:
-    """Computes attention by the implementation `name`; `auto` takes blocks on a CPU.
+    """Computes attention by the implementation `name` of `config.implementations`, or by the one that `auto` chooses.
 
-    Only where no query sees a later column do blocks leave something out; elsewhere, in a cache or an encoder, everything is
-    computed at once.
+    Raises ConfigError where an implementation that was named cannot compute exactly what is asked.
     """
+    asked = _asked(query, value, mask, **options)
     if name == "auto":
-        is_short = query.shape[1] <= LONGEST_IN_BLOCKS
-        name = "causal_blocks" if jax.default_backend() == "cpu" and is_short else "reference"
-    return ATTENTION[name if mask.is_lower_triangular else "reference"](query, key, value, mask, **options)
+        name = _choose(asked, mask)
+    else:
+        for _, problem in IMPLEMENTATIONS[name].refusals(asked):
+            raise ConfigError(f"model.attention_implementation = {name!r} {problem}")
+    implementation = IMPLEMENTATIONS[name]
+    function: Attend = getattr(importlib.import_module(implementation.module), implementation.function)
+    return function(query, key, value, mask, **options)
+
+
+def _asked(query: Array, value: Array, mask: Mask, bias: Bias | None = None, soft_cap: float = 0.0, **_: Any) -> Asked:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    platform = "gpu" if platform == "cuda" else platform
+    widths = (query.shape[3], value.shape[3])
+    return Asked(kinds(mask), widths, str(query.dtype), bias is not None, bool(soft_cap), platform)
+
+
+def kinds(mask: Mask) -> tuple[str, ...]:
+    """Returns what is known of a mask before any data, in the words of `config.implementations.MASKS`."""
+    found = ("causal" if mask.causal else "bidirectional",)
+    found += () if mask.key.prefix is None else ("prefix",)
+    found += () if mask.sparsity is None else mask.sparsity.kinds
+    return found if mask.aligned else (*found, "unaligned")
+
+
+def _choose(asked: Asked, mask: Mask) -> str:
+    """Returns the name of the implementation that suits the platform, the mask and its size."""
+    is_long = mask.num_queries * mask.num_keys > LONGEST_AT_ONCE**2
+    plain = "blockwise" if is_long else "reference"
+    if asked.platform == "cpu":
+        # Without a causal mask there is nothing that blocks of queries could leave out.
+        return "causal_blocks" if mask.is_lower_triangular and not is_long else plain
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(str(asked.platform))
+    if kernel is None:
+        return plain
+    problems = [problem for _, problem in IMPLEMENTATIONS[kernel].refusals(asked)]
+    if kernel == "cudnn" and max(mask.num_queries, mask.num_keys) > LONGEST_DENSE_MASK:
+        problems.append(f"needs the mask in full, here of {mask.num_queries:,} by {mask.num_keys:,} tokens a row")
+    if not problems:
+        return kernel
+    _tell(f"attention is computed by {plain}: {kernel} {problems[0]}")
+    return plain
+
+
+@cache
+def _tell(message: str) -> None:
+    logging.getLogger(__name__).warning(message)

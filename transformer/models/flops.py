@@ -4,16 +4,16 @@ A product of [m, k] and [k, n] counts 2 m k n. Norms, softmax and other elementw
 usual definition of model FLOPs (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 """
 
-import importlib
 from typing import get_args
 
 import jax
 
 from transformer.config import RECURRENT, LayerKind, ModelConfig
 from transformer.config.model import LinearMixer
+from transformer.models.linear_flops import linear_mixer_flops
 from transformer.models.parameters import ParameterSpec, Tree, map_specs
-
-_RECURRENT = "transformer.models.recurrent_flops"
+from transformer.models.patterns import count_pairs
+from transformer.models.recurrent_flops import cross_flops, layer_flops
 
 PEAK_FLOPS = {
     # Dense bfloat16 FLOP/s by `device_kind`, from the vendors' data sheets and the Cloud TPU documentation.
@@ -34,12 +34,12 @@ PEAK_FLOPS = {
 def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> dict[str, int]:
     """Returns the FLOPs of one sequence's forward pass by part, each part over all layers.
 
-    Attention's products appear twice: `attention_scores` as if every pair of positions were computed, and
-    `attention_scores_causal` for the half (with the diagonal) that a causal mask leaves; an encoder has them in full in both.
-    Pairs that a sparse pattern leaves out are counted, and choices that experts have no room for. Padding columns of the
-    vocabulary are not, nor experts that a token does not pass through; where experts choose, each token is taken to be
-    chosen `experts_per_token` times. Mixers with a state count in their chunkwise form, whichever runs. An encoder-decoder
-    reads `source_length` tokens for the `length` that it writes.
+    Attention's products appear twice: `attention_scores` as if every pair of positions that a layer's pattern leaves were
+    computed, and `attention_scores_causal` for the half (with the diagonal) that a causal mask leaves of them; an encoder
+    has them in full in both. Choices are counted that experts have no room for; padding columns of the vocabulary are not,
+    nor experts that a token does not pass through; where experts choose, each token is taken to be chosen
+    `experts_per_token` times. Mixers with a state count in their chunkwise form, whichever runs. An encoder-decoder reads
+    `source_length` tokens for the `length` that it writes.
     """
     assert config.vocab_size is not None
     queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -64,7 +64,7 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
             parts["cross_attention_projections"] = config.num_layers * projections
             parts["cross_attention_scores"] = config.num_layers * 4 * length * source_length * queries
             if config.cross_attention != "attention":
-                parts |= importlib.import_module(_RECURRENT).cross_flops(config, length, source_length)
+                parts |= cross_flops(config, length, source_length)
     heads = config.num_future_tokens
     if heads:
         # Each further token: a joining map, a block and the logits.
@@ -78,9 +78,9 @@ def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> d
 def mixer_flops(config: ModelConfig, kind: LayerKind, length: int, causal: bool) -> dict[str, int]:
     """Returns the FLOPs of one layer's mixer over `length` tokens by part."""
     if kind.mixer in get_args(LinearMixer):
-        return importlib.import_module("transformer.models.linear_flops").linear_mixer_flops(config, kind.mixer, length)
+        return linear_mixer_flops(config, kind.mixer, length)
     if kind.mixer in RECURRENT:
-        return importlib.import_module(_RECURRENT).layer_flops(config, kind, length, causal)
+        return layer_flops(config, kind, length, causal)
     queries, keys = config.num_heads * config.head_dim, config.kv_heads * config.head_dim
     projections, pair = config.width * (queries + 2 * keys + queries), 2 * queries
     if kind.mixer == "latent_attention":
@@ -90,10 +90,11 @@ def mixer_flops(config: ModelConfig, kind: LayerKind, length: int, causal: bool)
         queried = config.width * query if query_latent is None else query_latent * (config.width + query)
         made = config.width * (latent + config.rotary_head_width) + 2 * latent * queries
         projections, pair = queried + made + queries * config.width, query + queries
+    pairs, left = count_pairs(config, kind.pattern, length, causal)
     return {
         "attention_projections": 2 * length * projections,
-        "attention_scores": 2 * length * length * pair,
-        "attention_scores_causal": length * (length + 1 if causal else 2 * length) * pair,
+        "attention_scores": 2 * pairs * pair,
+        "attention_scores_causal": 2 * left * pair,
     }
 
 

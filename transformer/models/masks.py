@@ -33,6 +33,11 @@ class Sparsity(Protocol):
     """What a pattern leaves of the keys that causality and segments allow; it is known before any data."""
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it is, of the kinds of `config.implementations`."""
+        ...
+
+    @property
     def reach(self) -> int | None:
         """Positions up to which a query sees at all, either way; None: any."""
         ...

@@ -35,7 +35,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "latent": (),
     "experts": ("expert",),
     "router": (),
-    "state": (),
     "taps": (),
     "joined": (),
     "buckets": (),
@@ -44,9 +43,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh over all devices; raises ConfigError if the axes or the batch do not divide."""
+    """Returns the mesh over all devices; raises ConfigError if axes or batch do not divide, or attention runs on others."""
     devices = jax.devices() if devices is None else devices
-    validate(config, len(devices))
+    validate(config, len(devices), devices[0].platform)
     shape = tuple(mesh_axes(config, len(devices)).values())
     if math.prod(shape) == 1 or devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)

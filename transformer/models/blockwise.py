@@ -1,0 +1,210 @@
+"""Attention in blocks of queries and keys, in memory that grows with the length and not with its square.
+
+The softmax in one pass is that of Milakov and Gimelshein 2018 (arXiv:1805.02867); attention and its gradient by
+recomputation are those of Rabe and Staats 2021 (arXiv:2112.05682) and Dao et al. 2022 (arXiv:2205.14135). Plain JAX: for
+every platform, mask and bias. The pairs of blocks that can see each other are listed before compilation, and one loop
+goes through the list: half of the square for a causal mask, a band for a window.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from transformer.models.dot_product import product
+from transformer.models.masks import Mask
+from transformer.models.mixers import Bias
+
+BLOCK = 256
+"""Most tokens of a block; where little of each row is seen, blocks are smaller, down to `SMALLEST`."""
+
+SMALLEST = 64
+
+LOWEST = float(np.finfo(np.float32).min)
+"""Logit of a key that is not seen. The largest so far begins at half of it, so that its exponential is always 0."""
+
+State = tuple[Float[Array, "*A"], Float[Array, "*A"], Float[Array, "*A U"]]
+"""Of each query: the largest logit so far, and the sums of exponentials and of values weighted by them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known before any data."""
+
+    rows: int
+    """Queries in a block."""
+    columns: int
+    """Keys in a block."""
+    spans: tuple[tuple[int, int], ...]
+    """For each block of queries its first block of keys, and the one after its last."""
+    soft_cap: float
+    skips: bool
+    """Whether to look at each pair's mask, and leave out what nobody sees."""
+    mask: Any
+    """The mask without its arrays, which have no gradients."""
+    bias: Any
+    """The bias without its arrays."""
+
+    @property
+    def pairs(self) -> Int[np.ndarray, "P 2"]:
+        """Blocks of queries, and the blocks of keys that they meet."""
+        return np.asarray([(i, j) for i, span in enumerate(self.spans) for j in range(*span)], np.int32)
+
+
+def _plan(mask: Mask, bias: Bias | None, soft_cap: float) -> tuple[Plan, list[Array], list[Array]]:
+    """Returns the plan, and the arrays of the mask, filled up to whole blocks, and of the bias."""
+    reach = None if mask.sparsity is None else mask.sparsity.reach
+    is_scattered = mask.sparsity is not None and reach is None
+    most = BLOCK if mask.sparsity is None else max(SMALLEST, min(BLOCK, BLOCK // 2 if reach is None else reach + 1))
+    rows, columns = _block_size(mask.num_queries, most), _block_size(mask.num_keys, most)
+    spans = []
+    for start in range(0, mask.num_queries, rows):
+        first, stop = mask.columns(start, min(start + rows, mask.num_queries))
+        spans.append((first // columns, math.ceil(min(stop, mask.num_keys) / columns)))
+    # Where rows are split over devices, all would have to agree on each pair.
+    is_alone = jax.sharding.get_abstract_mesh().size <= 1
+    query = jax.tree.map(partial(_pad, size=rows), mask.query)
+    key = jax.tree.map(partial(_pad, size=columns), mask.key)
+    places, mask_structure = jax.tree.flatten(dataclasses.replace(mask, query=query, key=key))
+    tables, bias_structure = jax.tree.flatten(bias)
+    skips = is_alone and is_scattered
+    return Plan(rows, columns, tuple(spans), soft_cap, skips, mask_structure, bias_structure), places, tables
+
+
+def _block_size(length: int, most: int) -> int:
+    # As even as can be, so that little is padding.
+    size = math.ceil(length / math.ceil(length / most))
+    return size if size == length else 8 * math.ceil(size / 8)
+
+
+def blockwise_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K U"],
+    mask: Mask,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+) -> Float[Array, "B T N U"]:
+    """Returns what `dot_product_attention` does, of which it never holds more than `BLOCK` by `BLOCK` logits at a time."""
+    (batch, length, num_heads, width), kv_heads = query.shape, key.shape[2]
+    query = query * (1 / math.sqrt(width) if scale is None else scale)
+    plan, places, tables = _plan(mask, bias, soft_cap)
+
+    def blocks(x: Array, size: int) -> Array:
+        """Cuts the tokens into blocks, and puts them first and the heads before the tokens."""
+        x = _pad(x, size).reshape(batch, -1, size, kv_heads, x.shape[2] // kv_heads, x.shape[3])
+        return x.transpose(1, 0, 3, 4, 2, 5)
+
+    keys, values = (blocks(x, plan.columns)[:, :, :, 0] for x in (key, value))
+    output = _attend(plan, blocks(query, plan.rows), keys, values, places, tables).transpose(1, 0, 4, 2, 3, 5)
+    return output.reshape(batch, -1, num_heads, value.shape[3])[:, :length]
+
+
+def _pad(x: Array, size: int) -> Array:
+    """Fills up the tokens of the last block; of zeros, so that they are of segment 0."""
+    missing = -x.shape[1] % size
+    return jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, query: Array, key: Array, value: Array, places: list[Array], tables: list[Array]) -> Array:
+    return _forward(plan, query, key, value, places, tables)[0]
+
+
+def _forward(
+    plan: Plan, query: Array, key: Array, value: Array, places: list[Array], tables: list[Array]
+) -> tuple[Array, Any]:
+    def meet(state: State, i: Array, j: Array, seen: Mask, visible: Array) -> State:
+        largest, total, output = state
+        logits = _bend(product("bkgth,bksh->bkgts", query[i], key[j]), tables, seen, plan)
+        logits = jnp.where(visible[:, None, None], logits, LOWEST)
+        larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        weights = jnp.exp(logits - larger[..., None])
+        kept = jnp.exp(largest - larger)
+        total = kept * total + jnp.sum(weights, axis=-1)
+        gathered = product("bkgts,bksu->bkgtu", weights.astype(value.dtype), value[j])
+        return larger, total, kept[..., None] * output + gathered
+
+    def step(states: State, pair: Array) -> tuple[State, None]:
+        i, j = pair
+        seen = _seen(plan, places, pair)
+        visible = seen.visible()
+        state: State = jax.tree.map(lambda x: x[i], states)
+        state = _unless_blind(plan, visible, lambda state: meet(state, i, j, seen, visible), state)
+        return _put(states, state, i), None
+
+    shape = query.shape[:-1]
+    states = (jnp.full(shape, LOWEST / 2), jnp.zeros(shape), jnp.zeros((*shape, value.shape[-1])))
+    (largest, total, output), _ = jax.lax.scan(step, states, jnp.asarray(plan.pairs))
+    is_blind = total == 0
+    total = jnp.where(is_blind, 1, total)
+    output = (output / total[..., None]).astype(value.dtype)
+    logsumexp = jnp.where(is_blind, 0, largest + jnp.log(total))
+    return output, (query, key, value, places, tables, output, logsumexp)
+
+
+def _backward(plan: Plan, residuals: Any, ahead: Array) -> tuple[Any, ...]:
+    query, key, value, places, tables, output, logsumexp = residuals
+    dot = jnp.sum(ahead.astype(jnp.float32) * output, axis=-1)
+
+    def meet(i: Array, j: Array, seen: Mask, visible: Array) -> tuple[Any, ...]:
+        """Returns what a pair adds to the gradients of queries, keys, values and bias."""
+        raw = product("bkgth,bksh->bkgts", query[i], key[j])
+        logits, bent = jax.vjp(lambda raw, tables: _bend(raw, tables, seen, plan), raw, tables)
+        weights = jnp.exp(jnp.where(visible[:, None, None], logits, LOWEST) - logsumexp[i][..., None])
+        to_weights = product("bkgtu,bksu->bkgts", ahead[i], value[j])
+        to_raw, to_tables = bent(weights * (to_weights - dot[i][..., None]))
+        to_raw, weights = to_raw.astype(query.dtype), weights.astype(value.dtype)
+        to_query = product("bkgts,bksh->bkgth", to_raw, key[j])
+        to_key = product("bkgts,bkgth->bksh", to_raw, query[i])
+        return to_query, to_key, product("bkgts,bkgtu->bksu", weights, ahead[i]), to_tables
+
+    def step(sums: Any, pair: Array) -> tuple[Any, None]:
+        i, j = pair
+        seen = _seen(plan, places, pair)
+        visible = seen.visible()
+        to_query, to_key, to_value, to_tables = sums
+        here = (to_query[i], to_key[j], to_value[j], to_tables)
+        here = _unless_blind(plan, visible, lambda here: jax.tree.map(jnp.add, here, meet(i, j, seen, visible)), here)
+        return (_put(to_query, here[0], i), *_put((to_key, to_value), here[1:3], j), here[3]), None
+
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (query, key, value, tables))
+    sums, _ = jax.lax.scan(step, sums, jnp.asarray(plan.pairs))
+    to_query, to_key, to_value, to_tables = jax.tree.map(
+        lambda total, x: total.astype(x.dtype), sums, (query, key, value, tables)
+    )
+    return to_query, to_key, to_value, None, to_tables
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _bend(raw: Array, tables: list[Array], seen: Mask, plan: Plan) -> Array:
+    """Returns logits [B, K, G, T, S] of products of queries and keys."""
+    logits = plan.soft_cap * jnp.tanh(raw / plan.soft_cap) if plan.soft_cap else raw
+    bias: Bias | None = jax.tree.unflatten(plan.bias, tables)
+    if bias is None:
+        return logits
+    values = bias(seen.query.positions, seen.key.positions)
+    return logits + values.reshape(values.shape[0], *raw.shape[1:])
+
+
+def _seen(plan: Plan, places: list[Array], pair: Array) -> Mask:
+    mask: Mask = jax.tree.unflatten(plan.mask, places)
+    return mask.queries(pair[0] * plan.rows, plan.rows).keys(pair[1] * plan.columns, plan.columns)
+
+
+def _unless_blind(plan: Plan, visible: Array, change: Callable[[Any], Any], state: Any) -> Any:
+    return jax.lax.cond(jnp.any(visible), change, lambda same: same, state) if plan.skips else change(state)
+
+
+def _put(arrays: Any, items: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x, item: jax.lax.dynamic_update_index_in_dim(x, item, index, 0), arrays, items)
