@@ -19,7 +19,6 @@ from transformer.checkpointing.run import CHECKPOINTS, for_platform, locked, ope
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
-from transformer.models.flops import peak_flops, training_flops_per_token
 from transformer.models.parameters import Tree, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
@@ -107,10 +106,12 @@ class Loop:
         self.vote = Vote(mesh, signals)
         self.num_traces = 0
         # Model FLOPs, attention in full as is usual in published MFU, over the peak of the devices where it is known.
-        self.flops_per_token = training_flops_per_token(
+        # Loaded by name: the costs of all kinds of layers are more than a reader of one run needs.
+        flops = importlib.import_module("transformer.models.flops")
+        self.flops_per_token = flops.training_flops_per_token(
             config.model, config.data.sequence_length, source_length=source_length(config)
         )
-        self.peak_flops = peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
+        self.peak_flops = flops.peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
 
     def train(self, state: TrainState, train_step: Any, shardings: TrainState) -> int:
         """Runs the steps that are left and returns the exit status."""
