@@ -99,7 +99,9 @@ def reads_memory(config: ModelConfig, kind: LayerKind) -> bool:
     return config.cross_attention == "bahdanau" and kind.mixer in ("lstm", "gru")
 
 
-def make_mixer(config: ModelConfig, kind: LayerKind, num_layers: int, causal: bool, reads_encoder: bool) -> Any:
+def make_mixer(
+    config: ModelConfig, kind: LayerKind, num_layers: int, causal: bool = True, reads_encoder: bool = False
+) -> Any:
     """Returns the mixer of a layer. Recurrent ones have other parameters where they see the future, or the encoder."""
     module, name = MIXERS[kind.mixer]
     options = (causal, reads_encoder and reads_memory(config, kind)) if kind.mixer in RECURRENT else ()
