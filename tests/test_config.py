@@ -257,7 +257,7 @@ def test_every_number_has_a_range(key: str) -> None:
             },
             ["model.encoder_layers = 'retention'", "encoder"],
         ),
-        ({"model": {"layers": "performer.window"}}, ["model.layers = 'performer.window'", "'window'"]),
+        ({"model": {"layers": "performer.window"}}, ["model.layers = 'performer.window'", "such as window"]),
         (
             {"model": {"layers": "linear_attention"}, "objective": {"name": "prefix_lm"}},
             ["model.layers = 'linear_attention'", "objective.name = 'prefix_lm'"],

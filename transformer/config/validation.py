@@ -9,10 +9,7 @@ from typing import Any, get_args
 from transformer.config.model import (
     RECURRENT,
     FeedForwardKind,
-    LayerKind,
-    LinearMixer,
     Mixer,
-    ModelConfig,
     Pattern,
     parse_layers,
 )
@@ -228,56 +225,14 @@ def _layer_problems(config: Config) -> Iterator[str]:
             ):
                 if name not in known:
                     yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
-            if (
-                kind.mixer in get_args(Mixer)
-                and kind.mixer not in ("attention", "latent_attention")
-                and kind.pattern != "full"
-            ):
-                yield f"{label}: only attention has keys that a pattern such as {kind.pattern} leaves out, not {kind.mixer}"
-        yield from _kind_problems(model, label, kinds, key == "layers" and model.has_decoder)
-        is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
-        yield from _state_problems(config, label, kinds, is_encoder)
+        if any(kind.mixer != "attention" or kind.feedforward == "experts" for kind in kinds):
+            is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
+            is_decoder = key == "layers" and model.has_decoder
+            rules = importlib.import_module("transformer.config.kinds")
+            yield from rules.problems_of_kinds(config, label, kinds, is_encoder, is_decoder)
         for name, depth in stacks.items():
             if depth > 0 and depth % len(kinds):
                 yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
-
-
-def _kind_problems(model: ModelConfig, label: str, kinds: tuple[LayerKind, ...], causal: bool) -> Iterator[str]:
-    """What is wrong with keys of the kinds of layers that one pattern has."""
-    if any(kind.feedforward == "experts" for kind in kinds):
-        routing, rate = f"model.routing = {model.routing!r}", f"model.balance_bias_rate = {model.balance_bias_rate}"
-        if model.experts_per_token > model.num_experts:
-            yield f"model.experts_per_token = {model.experts_per_token}: there are model.num_experts = {model.num_experts}"
-        if model.routing == "expert_choice" and causal:
-            leak = "whether an expert chooses a token depends on later ones, which a decoder must not know"
-            yield f"{routing} with {label}: {leak}; use 'token_choice'"
-        elif model.routing == "expert_choice" and model.balance_bias_rate > 0:
-            yield f"{rate}: experts that choose are evenly loaded; leave it at 0 for {routing}"
-    if any(kind.mixer == "latent_attention" for kind in kinds):
-        if model.num_kv_heads not in (None, model.num_heads):
-            yield f"model.num_kv_heads = {model.num_kv_heads} with {label}: latent_attention makes keys for every head"
-        if model.qk_norm:
-            yield f"model.qk_norm = True with {label}: latent_attention normalises what keys and queries are made from"
-        if model.positions == "rotary" and model.rotary_head_width % 2:
-            yield f"model.rotary_head_width = {model.rotary_head_width}: must be even, for rotary positions turn pairs"
-
-
-def _state_problems(config: Config, label: str, kinds: tuple[LayerKind, ...], is_encoder: bool) -> Iterator[str]:
-    """What mixers with a state cannot do, and positions that need attention."""
-    model = config.model
-    for mixer in dict.fromkeys(kind.mixer for kind in kinds if kind.mixer in get_args(LinearMixer)):
-        if is_encoder:
-            advice = "an encoder needs attention (model.encoder_layers has its own layers)"
-            yield f"{label}: {mixer} sees only what came before; {advice}"
-        if config.objective.name == "prefix_lm":
-            yield f"{label}: {mixer} cannot see a prefix both ways, as objective.name = 'prefix_lm' asks"
-        if mixer == "retention" and model.positions == "rotary" and model.state_dim % 2:
-            odd = f"{model.state_dim} (model.state_width, or the head's width)"
-            yield f"{label}: model.positions = 'rotary' turns pairs of a key's dimensions, of which there are {odd}"
-    if model.positions in ("alibi", "relative") and not any(
-        kind.mixer in ("attention", "latent_attention") for kind in kinds
-    ):
-        yield f"{label}: model.positions = {model.positions!r} is a bias of attention, and no layer has attention"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

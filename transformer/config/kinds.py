@@ -1,0 +1,59 @@
+"""What kinds of layers besides attention and MLPs cannot do: checks that are loaded when a configuration has one."""
+
+from collections.abc import Iterator
+from typing import get_args
+
+from transformer.config.model import LayerKind, LinearMixer, Mixer, ModelConfig
+from transformer.config.schema import Config
+
+_WITH_KEYS = ("attention", "latent_attention")
+
+
+def problems_of_kinds(
+    config: Config, label: str, kinds: tuple[LayerKind, ...], is_encoder: bool, is_decoder: bool
+) -> Iterator[str]:
+    """Yields a sentence for each mistake in a layer pattern, called `label`, that one or both of the stacks have."""
+    model = config.model
+    for kind in dict.fromkeys(kinds):
+        if kind.mixer in get_args(Mixer) and kind.mixer not in _WITH_KEYS and kind.pattern != "full":
+            yield f"{label}: only attention has keys that a pattern such as {kind.pattern} leaves out, not {kind.mixer}"
+    if model.positions in ("alibi", "relative") and not any(kind.mixer in _WITH_KEYS for kind in kinds):
+        yield f"{label}: model.positions = {model.positions!r} is a bias of attention, and no layer has attention"
+    if any(kind.feedforward == "experts" for kind in kinds):
+        yield from _expert_problems(model, label, is_decoder)
+    if any(kind.mixer == "latent_attention" for kind in kinds):
+        yield from _latent_problems(model, label)
+    for mixer in dict.fromkeys(kind.mixer for kind in kinds if kind.mixer in get_args(LinearMixer)):
+        yield from _linear_problems(config, label, mixer, is_encoder)
+
+
+def _expert_problems(model: ModelConfig, label: str, is_decoder: bool) -> Iterator[str]:
+    routing, rate = f"model.routing = {model.routing!r}", f"model.balance_bias_rate = {model.balance_bias_rate}"
+    if model.experts_per_token > model.num_experts:
+        yield f"model.experts_per_token = {model.experts_per_token}: there are model.num_experts = {model.num_experts}"
+    if model.routing == "expert_choice" and is_decoder:
+        leak = "whether an expert chooses a token depends on later ones, which a decoder must not know"
+        yield f"{routing} with {label}: {leak}; use 'token_choice'"
+    elif model.routing == "expert_choice" and model.balance_bias_rate > 0:
+        yield f"{rate}: experts that choose are evenly loaded; leave it at 0 for {routing}"
+
+
+def _latent_problems(model: ModelConfig, label: str) -> Iterator[str]:
+    if model.num_kv_heads not in (None, model.num_heads):
+        yield f"model.num_kv_heads = {model.num_kv_heads} with {label}: latent_attention makes keys for every head"
+    if model.qk_norm:
+        yield f"model.qk_norm = True with {label}: latent_attention normalises what keys and queries are made from"
+    if model.positions == "rotary" and model.rotary_head_width % 2:
+        yield f"model.rotary_head_width = {model.rotary_head_width}: must be even, for rotary positions turn pairs"
+
+
+def _linear_problems(config: Config, label: str, mixer: str, is_encoder: bool) -> Iterator[str]:
+    model = config.model
+    if is_encoder:
+        advice = "an encoder needs attention (model.encoder_layers has its own layers)"
+        yield f"{label}: {mixer} sees only what came before; {advice}"
+    if config.objective.name == "prefix_lm":
+        yield f"{label}: {mixer} cannot see a prefix both ways, as objective.name = 'prefix_lm' asks"
+    if mixer == "retention" and model.positions == "rotary" and model.state_dim % 2:
+        odd = f"{model.state_dim} (model.state_width, or the head's width)"
+        yield f"{label}: model.positions = 'rotary' turns pairs of a key's dimensions, of which there are {odd}"
