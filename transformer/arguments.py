@@ -46,6 +46,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
 Recipe = Annotated[str, tyro.conf.arg(name="config", metavar="RECIPE", help_behavior_hint="(default: those below)")]
 Workdir = Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
+Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT
     base, problems, sound = load_config(named[0], origin == "--workdir") if named else (Config(), [], True)
     options: OptionsT = cast(Any, kind)(config=base)
     if {"-h", "--help"} & set(arguments):
-        tyro.cli(kind, prog=prog, args=["--help"], default=options)
+        # A verb that seldom needs the configuration shows its own options alone.
+        shown = getattr(kind, "SHOWN", None)
+        tyro.cli(shown or kind, prog=prog, args=["--help"], default=shown() if shown else options)
     flags = [argument for group in groups for argument in _switch(group)]
     parsed = _parse(kind, flags, options)
     # tyro stops at the first kind of mistake, so then each option is parsed by itself.

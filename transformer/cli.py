@@ -1,22 +1,19 @@
 """The command line: `transformer <verb>`; `VERBS` lists them."""
 
-import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from transformer.arguments import Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
+from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
 from transformer.config import Config, ConfigError, known_vocab_size, mesh_problems, nearest, replace, source_length
+from transformer.inference import command
+from transformer.inference.command import GenerateOptions
 from transformer.studies import STUDIES
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 @dataclass(frozen=True)
@@ -44,33 +41,6 @@ class EvaluateOptions:
     """Measure an interpolated byte trigram, made from the same training text, beside it."""
     as_json: Json = False
     """Print one JSON object."""
-    config: Overrides = field(default_factory=Config)
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Continue prompts with the model of a run; `--seed` chooses among the continuations."""
-
-    workdir: Workdir = ""
-    """The run directory."""
-    prompt: tuple[str, ...] = ("",)
-    """Text to continue; several are continued side by side."""
-    max_tokens: int = 200
-    """New tokens at most; a text ends earlier where the model ends it."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the most probable token."""
-    top_k: int = 0
-    """Draw among this many most probable tokens. 0: among all."""
-    top_p: float = 1.0
-    """Draw among the fewest most probable tokens that have this probability together."""
-    step: int | None = None
-    """Checkpoint to use; None: the latest."""
-    best: bool = False
-    """Use the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Use the mean of the parameters of this many checkpoints, the last of them the one chosen."""
-    as_json: Json = False
-    """Print a JSON list, an object a prompt."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -179,44 +149,9 @@ def evaluate(options: EvaluateOptions) -> int:
 
 
 def generate(options: GenerateOptions) -> int:
-    limit = 2**24
-    fits = 0 < options.max_tokens <= limit
-    problems = [] if fits else [f"--max-tokens = {options.max_tokens}: must be greater than 0 and at most {limit:,}"]
-    problems += [] if options.temperature >= 0 else [f"--temperature = {options.temperature}: must not be negative"]
-    problems += [] if 0 <= options.top_k < 2**31 else [f"--top-k = {options.top_k}: must be from 0 to {2**31 - 1}"]
-    problems += [] if 0 < options.top_p <= 1 else [f"--top-p = {options.top_p}: must be above 0 and at most 1"]
-    problems += [] if options.prompt else ["--prompt has no value: give one after --prompt"]
-    broken = [prompt for prompt in options.prompt if prompt != prompt.encode(errors="replace").decode()]
-    problems += [f"--prompt = {prompt!r}: is not UTF-8" for prompt in broken]
-    if problems:
+    if problems := command.problems_of(options):
         raise ConfigError(problems)
-    run, config, mesh = _open(options.workdir, options.config)
-
-    import jax
-
-    from transformer.inference.generate import generate as continue_prompts
-
-    streams = len(options.prompt) == 1 and not options.as_json
-
-    def show(row: int, piece: str) -> None:
-        if streams:
-            print(piece, end="", flush=True)
-
-    with jax.set_mesh(mesh):
-        model, params, _ = run.load_parameters(mesh, options.step, options.best, options.average)
-        show(0, options.prompt[0])
-        draw = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-        prompts = list(options.prompt)
-        texts = continue_prompts(
-            model, params, run.tokenizer, prompts, options.max_tokens, seed=config.seed, on_text=show, **draw
-        )
-    if options.as_json:
-        print(json.dumps([dataclasses.asdict(text) for text in texts]))
-    elif streams:
-        print()
-    else:
-        for number, text in enumerate(texts):
-            print(f"--- {number}\n{text.prompt}{text.text}")
+    command.write_texts(options, *_open(options.workdir, options.config))
     return 0
 
 
@@ -365,7 +300,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "prepare": (PrepareOptions, "make tokenizer and token shards"),
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
-    "generate": (GenerateOptions, "continue prompts"),
+    "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "describe": (DescribeOptions, "parameters, FLOPs, sharding and bytes of a configuration"),
     "implementations": (ImplementationsOptions, "what each implementation of attention can compute"),

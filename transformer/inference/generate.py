@@ -1,74 +1,119 @@
-"""Generation with a key and value cache: the prompts in one pass, then a token of every row at a time."""
+"""Generation with a cache: the prompts in one pass, then a compiled loop that draws a token of every row at a time."""
 
-import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float
 
-from transformer.config import ConfigError
-from transformer.data.tokenizers import PAD, Tokenizer
-from transformer.inference.sampling import sample_logits
-from transformer.models.cache import Cache, map_cache
+from transformer.data.tokenizers import Tokenizer
+from transformer.inference.caches import constrained, placing
+from transformer.inference.prompts import bucket, check_prompts, encode_prompts, forbidden_tokens
+from transformer.inference.sampling import Sampling, key_of, sample_logits
+from transformer.inference.text import Generation, Text
+from transformer.models.cache import Cache
 from transformer.models.parameters import Tree
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply, empty_cache
-from transformer.parallel.sharding import constrain, replicated
+from transformer.parallel.sharding import constrain
 
-PROMPT_MULTIPLE, CACHE_MULTIPLE = 32, 128
-"""Lengths in tokens are rounded up to these, so that programs compiled for one prompt serve others."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What the model wrote after one prompt."""
-
-    prompt: str
-    text: str
-    tokens: tuple[int, ...]
-    """The new tokens, the end-of-text token left out."""
-    ended: bool
-    """Whether the model ended the text, rather than the limit of tokens."""
-
+TOKENS_BETWEEN_STOPS = 16
+"""Tokens that are drawn before the host looks for stop strings in them."""
 
 Draw = dict[str, Array]
-"""How tokens are drawn: scalars `temperature`, `top_k`, `top_p`, `seed` and `number` (tokens drawn so far in each row),
-none of which compiles anything anew, and the tokens that are `forbidden`."""
+"""How tokens are drawn: what `Sampling.arrays` says, the `seed`, the `rows` [B, 2] (numbers of prompt and sample), the
+tokens that are `forbidden`, and the one that ends a text, `eos`. None of their values compiles anything anew."""
 
-Step = tuple[Int[Array, "B"], dict[str, Int[Array, "B 1"]], Cache, Draw]
-"""Tokens drawn, the same as the next batch, the cache, and how to draw the next."""
+State = dict[str, Any]
+"""Texts under way: the `cache` of all tokens but the last, the `batch` [B, 1] of the last, the new `tokens` [B, T], their
+`number`, which tokens each row has `seen` [B, V], and which rows are `done` [B]."""
 
 
-def _advance(model: Transformer, params: Tree, batch: dict[str, Array], cache: Cache, draw: Draw) -> Step:
+def prefill(
+    model: Transformer, params: Tree, batch: dict[str, Array], cache_length: int
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Returns the logits of the first new token of each row, and a cache with the prompts in it."""
+    source_length = batch["encoder_inputs"].shape[1] if "encoder_inputs" in batch else 0
+    return extend(model, params, batch, empty_cache(model, len(batch["inputs"]), cache_length, source_length))
+
+
+def extend(
+    model: Transformer, params: Tree, batch: dict[str, Array], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Returns the logits after the last token of a batch, and the cache with the batch in it."""
     outputs = apply(model, params, batch, cache=cache)
-    logits = outputs.logits(outputs.hidden[:, -1]).at[:, draw["forbidden"]].set(MASKED_LOGIT)
-    key = jax.random.key(draw["seed"])
-
-    def row(number: Array, logits: Array) -> Array:
-        row_key = jax.random.fold_in(jax.random.fold_in(key, number), draw["number"])
-        return sample_logits(logits, row_key, draw["temperature"], draw["top_k"], draw["top_p"])
-
-    tokens = constrain(jax.vmap(row)(jnp.arange(len(logits)), logits), "length")
     assert outputs.cache is not None
-    specs = model.cache_specs(*outputs.cache["positions"].shape)
-    cache = map_cache(lambda spec, array: constrain(array, *spec.axes), specs, outputs.cache)
-    positions = batch["positions"][:, -1:] + 1
-    following = {"inputs": tokens[:, None], "positions": positions, "segment_ids": jnp.ones_like(positions)}
-    following = {name: constrain(array, "length", "length") for name, array in following.items()}
-    return tokens, following, cache, draw | {"number": draw["number"] + 1}
+    return outputs.logits(outputs.hidden[:, -1]), constrained(model, outputs.cache)
+
+
+def following(tokens: Array, positions: Array) -> dict[str, Array]:
+    """Returns the batch of one new token a row, [B, 1], at their positions."""
+    batch = {"inputs": tokens[:, None], "positions": positions, "segment_ids": jnp.ones_like(positions)}
+    return {name: constrain(array, "length", "length") for name, array in batch.items()}
+
+
+def tokens_seen(model: Transformer, batch: dict[str, Array]) -> Bool[Array, "B V"]:
+    """Returns the tokens of the decoder's texts, the one for the begin left out."""
+    is_token = (batch["segment_ids"] != 0) & (batch["positions"] > 0)
+    rows, size = jnp.arange(len(is_token))[:, None], model.config.vocab_rows
+    seen = jnp.zeros((len(is_token), size), bool)
+    return seen.at[rows, jnp.where(is_token, batch["inputs"], size)].set(True, mode="drop")
+
+
+def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
+    """Returns the state with a token of each row drawn from its logits."""
+    number = state["number"]
+    logits = logits.at[:, draw["forbidden"]].set(MASKED_LOGIT)
+
+    def of_row(row: Array, logits: Array, seen: Array) -> Array:
+        return sample_logits(logits, key_of(draw["seed"], row, number), draw, seen)
+
+    tokens = constrain(jax.vmap(of_row)(draw["rows"], logits, state["seen"]), "length")
+    seen = state["seen"].at[jnp.arange(len(tokens)), tokens].set(True)
+    texts = jax.lax.dynamic_update_slice(state["tokens"], tokens[:, None], (0, number))
+    return state | {
+        "batch": following(tokens, state["batch"]["positions"][:, -1:] + 1),
+        "tokens": constrain(texts, "length", "length"),
+        "number": number + 1,
+        "seen": constrain(seen, "length", "length"),
+        "done": constrain(state["done"] | (tokens == draw["eos"]), "length"),
+    }
 
 
 @partial(jax.jit, static_argnames=("model", "cache_length"))
-def _prefill(model: Transformer, params: Tree, batch: dict[str, Array], draw: Draw, cache_length: int) -> Step:
-    cache = empty_cache(model, len(batch["inputs"]), cache_length)
-    return _advance(model, params, batch, cache, draw)
+def _begin(model: Transformer, params: Tree, batch: dict[str, Array], draw: Draw, cache_length: int) -> State:
+    logits, cache = prefill(model, params, batch, cache_length)
+    size, width = batch["inputs"].shape
+    state = {
+        "cache": cache,
+        "batch": batch,
+        "tokens": jnp.zeros((size, cache_length - width), jnp.int32),
+        "number": jnp.int32(0),
+        "seen": tokens_seen(model, batch),
+        "done": jnp.zeros(size, bool),
+    }
+    return _drawn(logits, state, draw)
 
 
-_decode = jax.jit(_advance, static_argnames=("model",), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def _go_on(model: Transformer, params: Tree, state: State, draw: Draw, limit: Array) -> State:
+    """Returns the state when `limit` tokens are drawn, or all rows are done."""
+
+    def step(state: State) -> State:
+        logits, cache = extend(model, params, state["batch"], state["cache"])
+        return _drawn(logits, state | {"cache": cache}, draw)
+
+    return jax.lax.while_loop(lambda state: (state["number"] < limit) & ~jnp.all(state["done"]), step, state)
+
+
+def how_to_draw(
+    tokenizer: Tokenizer, sampling: Sampling, seed: int, rows: Sequence[tuple[int, int]]
+) -> dict[str, np.generic | np.ndarray]:
+    """Returns a `Draw` in NumPy."""
+    numbers = {"seed": np.uint32(seed % 2**32), "rows": np.array(rows, np.int32), "eos": np.int32(tokenizer.eos)}
+    return sampling.arrays() | numbers | {"forbidden": forbidden_tokens(tokenizer)}
 
 
 def generate(
@@ -77,110 +122,39 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_tokens: int,
+    sampling: Sampling,
     *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
+    prefix: bool = False,
+    begin: str = "",
+    rows: Sequence[tuple[int, int]] | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Returns a continuation of each prompt, of `max_tokens` tokens or up to the end of the text.
+    """Returns a text for each prompt, of `max_tokens` new tokens or up to its end or a `stop` string.
 
-    What a row draws depends on the seed, its number and its prompt, not on the other rows. `on_text(row, piece)` is
-    called with each piece of text as soon as it is whole characters. `params` may lie on one device or on a mesh.
-    `sample_logits` says what temperature, `top_k` and `top_p` do. Raises ConfigError where positions are learned and
-    run out, and for models that do not continue texts.
+    A decoder continues its prompts; with `prefix`, for models of objective `prefix_lm`, it sees them both ways. An
+    encoder-decoder reads them and writes about each a text that goes on after `begin`. What a row draws depends on the
+    seed, its prompt, and its numbers in `rows` (of prompt and sample; (0, 0), (1, 0), … if left out), not on the other
+    rows. `on_text(row, piece)` is called with each piece of text as soon as it is whole characters and sure to stay.
+    `params` may lie on one device or on a mesh. Raises ConfigError as `check_prompts` does.
     """
-    if not can_generate(model):
-        architecture = f"model.architecture = {model.config.architecture!r}"
-        raise ConfigError(
-            f"{architecture}, model.num_labels = {model.config.num_labels}: only a decoder continues texts"
-        )
-    encoded = [np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
-    longest = max(map(len, encoded))
-    room = max_new_tokens(model, longest)
-    if room is not None and max_tokens > room:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and {max_tokens} new ones are more than "
-            f"model.num_positions = {model.config.num_positions}, the positions that the model has learned"
-        )
-    width = _round_up(longest, PROMPT_MULTIPLE)
-    batch = {name: np.zeros((len(prompts), width), np.int32) for name in ("inputs", "positions", "segment_ids")}
-    for row, ids in enumerate(encoded):
-        batch["inputs"][row, -len(ids) :] = ids
-        batch["positions"][row, -len(ids) :] = np.arange(len(ids))
-        batch["segment_ids"][row, -len(ids) :] = 1
-    # In a foreign tokenizer 0 may be an ordinary token, and one token may stand for begin and end.
-    forbidden = [t for t in (PAD, tokenizer.bos) if t != tokenizer.eos and not tokenizer.decode([t])]
-    draw = {
-        "temperature": np.float32(temperature),
-        "top_k": np.int32(top_k),
-        "top_p": np.float32(top_p),
-        "seed": np.uint32(seed % 2**32),
-        "number": np.int32(0),
-        "forbidden": np.array(forbidden, np.int32),
-    }
-    layout = jax.tree.leaves(params)[0].sharding
-    mesh = layout.mesh if isinstance(layout, NamedSharding) else None
-    assert not isinstance(mesh, AbstractMesh)
-    batch, draw = jax.device_put((batch, draw), layout if mesh is None else replicated(mesh))
-    texts = [_Text(tokenizer, ids) for ids in encoded]
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        step = _prefill(model, params, batch, draw, _round_up(width + max_tokens, CACHE_MULTIPLE))
-        for number in range(1, max_tokens + 1):
-            tokens, batch, cache, draw = step
-            # The device is given its next step before it is asked for the result of this one.
-            step = _decode(model, params, batch, cache, draw) if number < max_tokens else step
-            for row, (text, token) in enumerate(zip(texts, jax.device_get(tokens), strict=True)):
-                piece = text.add(int(token), last=number == max_tokens)
+    check_prompts(model, tokenizer, prompts, max_tokens, begin)
+    encoded = encode_prompts(model, tokenizer, prompts, prefix=prefix, begin=begin)
+    draw = how_to_draw(tokenizer, sampling, seed, rows or [(row, 0) for row in range(len(prompts))])
+    texts = [Text(tokenizer, ids, stop) for ids in encoded.begins]
+    stride = 1 if on_text is not None else TOKENS_BETWEEN_STOPS if stop else max_tokens
+    with placing(params) as put:
+        draw = put(draw)
+        state = _begin(model, params, put(encoded.batch), draw, bucket(encoded.width + max_tokens))
+        for start in range(0, max_tokens, stride):
+            limit = min(start + stride, max_tokens)
+            state["done"] = put(np.array([text.ended for text in texts])) if start else state["done"]
+            state = _go_on(model, params, state, draw, put(np.int32(limit)))
+            for row, tokens in enumerate(jax.device_get(state["tokens"])[:, start:limit].tolist()):
+                piece = texts[row].add(tokens, last=limit == max_tokens)
                 if piece and on_text is not None:
                     on_text(row, piece)
             if all(text.ended for text in texts):
                 break
-    return [
-        Generation(prompt, "".join(text.pieces), tuple(text.tokens[len(ids) :]), text.ended)
-        for prompt, ids, text in zip(prompts, encoded, texts, strict=True)
-    ]
-
-
-def can_generate(model: Transformer) -> bool:
-    """Returns whether a model continues texts: a decoder with a head over the vocabulary."""
-    return model.encoder is None and model.classifier is None
-
-
-def max_new_tokens(model: Transformer, num_prompt_tokens: int) -> int | None:
-    """Returns how many tokens may follow a prompt (its first, of the begin of a text, counted); None: no limit."""
-    if model.config.positions != "learned":
-        return None
-    return max(0, (model.config.num_positions or 0) - num_prompt_tokens)
-
-
-class _Text:
-    """The text of one row, decoded token by token, so that a character of several tokens comes out whole."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray):
-        self.tokenizer = tokenizer
-        self.tokens = prompt.tolist()
-        self.pieces: list[str] = []
-        self.ended = False
-        # Tokens from `start` on are decoded; those before `told` are the prompt's or already in `pieces`.
-        self.start, self.told = 0, len(self.tokens)
-
-    def add(self, token: int, last: bool) -> str:
-        """Returns the new piece of text, empty while a character is incomplete or when the text has ended."""
-        if self.ended:
-            return ""
-        self.ended = token == self.tokenizer.eos
-        if not self.ended:
-            self.tokens.append(token)
-        before = self.tokenizer.decode(self.tokens[self.start : self.told])
-        piece = self.tokenizer.decode(self.tokens[self.start :])[len(before) :]
-        if piece.endswith("\ufffd") and not (self.ended or last):
-            return ""
-        self.start, self.told = self.told, len(self.tokens)
-        self.pieces.append(piece)
-        return piece
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+    return [text.generation(prompt) for text, prompt in zip(texts, prompts, strict=True)]

@@ -149,7 +149,12 @@ def _remember_window(
         is_used = context.columns.segment_ids != 0
         seen = jnp.max(jnp.where(is_used, context.columns.positions, -1), axis=1, keepdims=True)
         numbers = jnp.broadcast_to(jnp.arange(sinks), (place.shape[0], sinks))
-        parts.insert(0, Tokens(numbers, jnp.where(numbers <= seen, 1, 0)))
+        prefix = context.columns.prefix
+        if prefix is not None:
+            # A prefix is the begin of a text.
+            last = jnp.max(jnp.where(is_used & prefix, context.columns.positions, -1), axis=1, keepdims=True)
+            prefix = numbers <= last
+        parts.insert(0, Tokens(numbers, jnp.where(numbers <= seen, 1, 0), prefix))
     newest = slice(max(0, length - size), None)
     at = (index + jnp.arange(length)[newest]) % size
     is_token = (tokens.segment_ids[:, newest] != 0)[:, :, None, None]

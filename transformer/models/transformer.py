@@ -3,6 +3,7 @@
 Vaswani et al. 2017 (arXiv:1706.03762); Radford et al. 2019; Devlin et al. 2019 (arXiv:1810.04805).
 """
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -87,6 +88,8 @@ class Transformer(nnx.Module):
         tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get("prefix"))
         columns, index = tokens, None
         if cache is not None:
+            if tokens.prefix is None and "prefix" in cache:
+                tokens = dataclasses.replace(tokens, prefix=jnp.zeros(tokens.positions.shape, bool))
             cache = self._enter(cache, tokens, memory)
             index = cache["index"] - tokens.positions.shape[1]
             columns = Tokens(cache["positions"], cache["segment_ids"], cache.get("prefix"))
@@ -143,10 +146,9 @@ class Transformer(nnx.Module):
             "segment_ids": written("segment_ids", tokens.segment_ids),
             "index": index + tokens.positions.shape[1],
         }
-        if tokens.prefix is not None or "prefix" in cache:
+        if tokens.prefix is not None:
             blank = jnp.zeros(cache["positions"].shape, bool)
-            new = jnp.zeros(tokens.positions.shape, bool) if tokens.prefix is None else tokens.prefix
-            entered["prefix"] = jax.lax.dynamic_update_slice(cache.get("prefix", blank), new, (0, index))
+            entered["prefix"] = jax.lax.dynamic_update_slice(cache.get("prefix", blank), tokens.prefix, (0, index))
         if memory is not None:
             places = {"positions": memory.tokens.positions, "segment_ids": memory.tokens.segment_ids}
             entered["memory"] = places

@@ -257,14 +257,9 @@ class Loop:
 
     def _sample(self, step: int, params: Tree) -> None:
         prompt, length = self.config.evaluation.sample_prompt, self.config.evaluation.sample_tokens
-        # Loaded by those runs alone that show samples.
-        inference = importlib.import_module("transformer.inference.generate") if length > 0 else None
-        if inference is None or not inference.can_generate(self.model):
-            return
-        tokenizer = self.prepared.tokenizer
-        room = inference.max_new_tokens(self.model, len(tokenizer.encode(prompt)) + 1)
-        length = length if room is None else min(length, room)
         if length > 0:
-            options = {"temperature": 0.8, "seed": self.config.seed}
-            [generation] = inference.generate(self.model, params, tokenizer, [prompt], length, **options)
-            self.report.sample(step, prompt, generation.text)
+            # Loaded only by runs that sample.
+            sample = importlib.import_module("transformer.inference.samples").sample
+            text = sample(self.config, self.model, params, self.prepared.tokenizer, prompt, length)
+            if text is not None:
+                self.report.sample(step, prompt, text)
