@@ -112,6 +112,7 @@ def evaluate(options: EvaluateOptions) -> int:
 
     import jax
 
+    from transformer.checkpointing.loading import load_parameters
     from transformer.data.prepared import prepare_apart
     from transformer.objectives import objective_of, with_examples, with_window
     from transformer.training.evaluation import Evaluator
@@ -125,7 +126,7 @@ def evaluate(options: EvaluateOptions) -> int:
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
     prepared = with_examples(prepared, objective_of(config), config)
     with jax.set_mesh(mesh):
-        model, params, step = run.load_parameters(mesh, options.step, options.best, options.average)
+        model, params, step = load_parameters(run, mesh, options.step, options.best, options.average)
         result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}
     if options.baseline:
         from transformer.data.division import split_texts

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.checkpointing.loading import load_parameters
 from transformer.checkpointing.run import Run, _absolute, contradictions, for_platform, load_run, locked
 from transformer.config import CheckpointConfig, Config, ConfigError, from_json, replace, to_json
 from transformer.data.tokenizers import ByteTokenizer
@@ -168,7 +169,7 @@ def test_parameters_of_a_run(
     shutil.copytree(workdir, moved)
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        _, params, step = load_run(moved).load_parameters(mesh)
+        _, params, step = load_parameters(load_run(moved), mesh)
         assert step == 8
         leaves = {
             jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
@@ -176,12 +177,12 @@ def test_parameters_of_a_run(
         }
         stored = read_state(workdir)
         assert all(np.array_equal(stored[f"params.{name}"], leaf) for name, leaf in leaves.items())
-        assert run.load_parameters(mesh, best=True)[2] == 8
+        assert load_parameters(run, mesh, best=True)[2] == 8
         with pytest.raises(ConfigError, match="has no checkpoint of step 3; there are: 8"):
-            run.load_parameters(mesh, step=3)
+            load_parameters(run, mesh, step=3)
         shutil.rmtree(moved / "checkpoints")
         with pytest.raises(ConfigError, match="no checkpoint yet"):
-            load_run(moved).load_parameters(mesh)
+            load_parameters(load_run(moved), mesh)
 
 
 def test_parameters_may_be_the_mean_of_the_last_checkpoints(tiny_config: Make, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_parameters_may_be_the_mean_of_the_last_checkpoints(tiny_config: Make, t
     run = Run(tmp_path, config, ByteTokenizer(), "")
 
     def assert_mean(steps: list[int], **options: Any) -> None:
-        _, params, step = run.load_parameters(mesh, **options)
+        _, params, step = load_parameters(run, mesh, **options)
         assert step == steps[-1]
         mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64), *(trees[at] for at in steps))
         jax.tree.map(
@@ -214,7 +215,7 @@ def test_parameters_may_be_the_mean_of_the_last_checkpoints(tiny_config: Make, t
     )
     for options, sentence in wrong:
         with pytest.raises(ConfigError, match=sentence):
-            run.load_parameters(mesh, **options)
+            load_parameters(run, mesh, **options)
 
 
 def test_what_an_average_or_a_growing_batch_fixes() -> None:

@@ -13,8 +13,9 @@ from transformer.data import prepare as preparing
 from transformer.data.division import split_texts
 from transformer.data.prepare import prepare
 from transformer.data.prepared import prepare_apart
+from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transformer.data.shards import Split
-from transformer.data.tokenizers import BOS, EOS, NUM_SPECIAL, CharacterTokenizer, SentencePieceTokenizer
+from transformer.data.tokenizers import BOS, EOS, NUM_SPECIAL, CharacterTokenizer
 
 MakeConfig = Callable[..., Config]
 RandomText = Callable[[int, int], str]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from transformer.config import ConfigError
-from transformer.data import tokenizers
+from transformer.data import sentencepiece_tokenizer
 from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transformer.data.new_tokenizer import read_tokenizer, train_sentencepiece
+from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transformer.data.tokenizers import (
     BOS,
     EOS,
@@ -18,7 +19,6 @@ from transformer.data.tokenizers import (
     UNK,
     ByteTokenizer,
     CharacterTokenizer,
-    SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
 )
@@ -142,7 +142,7 @@ def test_long_texts_are_encoded_in_pieces(
 ) -> None:
     tokenizer = train_sentencepiece([random_text(seed, 300) for seed in range(5)], "bpe", 330)
     text = random_text(9, 1000)
-    monkeypatch.setattr(tokenizers, "_ENCODE_CHARACTERS", 100)
+    monkeypatch.setattr(sentencepiece_tokenizer, "_ENCODE_CHARACTERS", 100)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

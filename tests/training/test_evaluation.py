@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from transformer import cli
+from transformer.checkpointing.loading import load_parameters
 from transformer.checkpointing.run import load_run
 from transformer.config import Config, replace
 from transformer.data.division import split_texts
@@ -53,7 +54,7 @@ def test_validation_is_that_of_the_whole_split_computed_by_hand(trained: tuple[C
     assert len(texts) > 2
     documents = [np.array([BOS, *(4 + byte for byte in text.encode()), EOS], np.int32) for text in texts]
     mesh = make_mesh(config, jax.devices()[:1])
-    model, params, _ = load_run(workdir).load_parameters(mesh)
+    model, params, _ = load_parameters(load_run(workdir), mesh)
     total, right, count = 0.0, 0, 0
     logits_of = jax.jit(lambda batch: (outputs := apply(model, params, batch)).logits(outputs.hidden)[0])
     for window in windows(documents, config.data.sequence_length):
@@ -85,7 +86,7 @@ def test_neither_batches_nor_the_mesh_change_the_result(trained: tuple[Config, P
         changed = replace(config, evaluation=size, train=size, parallel=parallel)
         mesh = make_mesh(changed, jax.devices()[:num_devices])
         with jax.set_mesh(mesh):
-            model, params, _ = load_run(workdir).load_parameters(mesh)
+            model, params, _ = load_parameters(load_run(workdir), mesh)
             result = Evaluator(changed, prepare(changed), model, mesh)(params)
         assert result["tokens"] == expected["tokens"]
         for name in ("loss", "cross_entropy", "accuracy", "bits_per_byte"):
@@ -96,7 +97,7 @@ def test_a_part_of_the_split_can_be_enough(trained: tuple[Config, Path]) -> None
     config, workdir = trained
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        model, params, _ = load_run(workdir).load_parameters(mesh)
+        model, params, _ = load_parameters(load_run(workdir), mesh)
         results = []
         for num_batches in (1, 2, 0):
             part = replace(config, evaluation={"num_batches": num_batches, "batch_size": 8})

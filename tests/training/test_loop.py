@@ -16,6 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.checkpointing.loading import load_parameters
 from transformer.checkpointing.run import load_run
 from transformer.config import Config, from_json
 from transformer.data.prepare import prepare
@@ -151,7 +152,7 @@ def test_a_run_that_averages_evaluates_its_average_and_resumes_without(
     run, trained = load_run(workdir), read_state(workdir)
     mesh = make_mesh(run.config)
     with jax.set_mesh(mesh):
-        model, params, _ = run.load_parameters(mesh)
+        model, params, _ = load_parameters(run, mesh)
         prepared = prepare(run.config, False)
         loss = Evaluator(run.config, prepared, model, mesh)(params)["loss"]
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(params))

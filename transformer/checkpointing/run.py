@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import glob
 import json
 from collections.abc import Iterator
@@ -11,10 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
-from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.config import (
     Config,
     ConfigError,
@@ -31,10 +26,7 @@ from transformer.config import (
 )
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
-from transformer.models.parameters import Tree, map_specs, parameter_specs
-from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of
-from transformer.parallel.sharding import sharding
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 
@@ -64,48 +56,6 @@ class Run:
     config: Config
     tokenizer: Tokenizer
     data_fingerprint: str
-
-    def load_parameters(
-        self, mesh: Mesh, step: int | None = None, best: bool = False, average: int = 1
-    ) -> tuple[Transformer, Tree, int]:
-        """Returns the model, its parameters laid out over `mesh`, and their step: the latest unless told otherwise.
-
-        With `average`, the parameters are the mean of those of that many checkpoints, the last of them that of the step
-        (Vaswani et al. 2017, arXiv:1706.03762, section 6.1). Raises ConfigError if there are not as many.
-        """
-        # An implementation of attention was named for the machine that trains, and for whole sequences.
-        config = replace(self.config, model={"attention_implementation": "auto"})
-        model = Transformer(for_platform(config.model, jax.default_backend()))
-        abstract = map_specs(
-            lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
-            parameter_specs(model),
-        )
-        directory = self.workdir / CHECKPOINTS
-        if not directory.is_dir():
-            raise ConfigError(f"{self.workdir} has no checkpoint yet")
-        with Checkpoints(directory) as checkpoints:
-            available = checkpoints.steps()
-            chosen = (checkpoints.best_step() if best else checkpoints.latest_step()) if step is None else step
-            listed = ", ".join(map(str, available)) or "none"
-            if chosen not in available:
-                wanted = "with a validation loss" if chosen is None else f"of step {chosen}"
-                raise ConfigError(f"{self.workdir} has no checkpoint {wanted}; there are: {listed}")
-            until = [at for at in available if at <= chosen]
-            if not 0 < average <= len(until):
-                count = f"{len(until)} checkpoint{'s' * (len(until) != 1)} up to step {chosen}"
-                advice = "checkpoint.keep_latest says how many a run keeps"
-                raise ConfigError(f"{average} checkpoints cannot be averaged: {self.workdir} has {count}; {advice}")
-            # One after another, so that no more than two are in memory.
-            params = checkpoints.restore(chosen, params=abstract)["params"]
-            for number, at in enumerate(reversed(until[-average:-1]), start=2):
-                params = _toward(params, checkpoints.restore(at, params=abstract)["params"], number)
-            return model, params, chosen
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _toward(mean: Tree, other: Tree, number: Any) -> Tree:
-    """Returns the mean of `number` trees, of which `other` is the last and `mean` is that of those before."""
-    return jax.tree.map(lambda old, new: old + (new - old) / number, mean, other)
 
 
 def load_run(workdir: Path) -> Run:

@@ -6,16 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformer.config import ConfigError
-from transformer.data.tokenizers import (
-    BOS,
-    EOS,
-    PAD,
-    UNK,
-    SentencePieceTokenizer,
-    Tokenizer,
-    huggingface_tokenizer,
-    load_tokenizer,
-)
+from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, huggingface_tokenizer, load_tokenizer
 
 
 def read_tokenizer(kind: str, name: str) -> Tokenizer:

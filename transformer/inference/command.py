@@ -188,10 +188,11 @@ def _generations(
     """Returns the texts of all prompts, `num_samples` of each, side by side."""
     import jax
 
+    from transformer.checkpointing.loading import load_parameters
     from transformer.inference.prompts import batches_by_length, check_prompts
 
     with jax.set_mesh(mesh):
-        model, params, _ = run.load_parameters(mesh, options.step, options.best, options.average)
+        model, params, _ = load_parameters(run, mesh, options.step, options.best, options.average)
         check_prompts(model, run.tokenizer, prompts, options.max_tokens, options.target_prefix)
         method = _method(options, run, config, mesh, model, params, on_text)
         num_draws = 1 if options.beams else options.num_samples
@@ -233,11 +234,12 @@ def _method(
 
         draw = partial(generate, stop=stop, seed=seed, prefix=prefix, begin=begin, on_text=on_text)
         return lambda texts, rows: [[text] for text in draw(*given, texts, max_tokens, sampling, rows=rows)]
+    from transformer.checkpointing.loading import load_parameters
     from transformer.checkpointing.run import load_run
     from transformer.inference.speculative import check_draft, speculate
 
     other = load_run(Path(options.draft).expanduser())
-    draft, draft_params, _ = other.load_parameters(mesh)
+    draft, draft_params, _ = load_parameters(other, mesh)
     check_draft(model, run.tokenizer, draft, other.tokenizer, options.draft_tokens)
     both = ((model, draft), (params, draft_params), run.tokenizer)
     sees = (prefix, other.config.objective.name == "prefix_lm")
