@@ -161,13 +161,13 @@ def check(command: Command, directory: Path) -> None:
         if workdir is not None and arguments[0] != "train":
             (directory / workdir).mkdir(parents=True, exist_ok=True)
             (directory / workdir / "config.json").write_text(to_json(Config()))
-        validate(parse_verb(arguments).config)
-    elif program in ("pytest", "pre-commit"):
-        assert any(
-            Requirement(line).name == program
-            for extra in ("test", "dev")
-            for line in project()["optional-dependencies"][extra]
-        )
+        if "--help" in arguments:
+            with pytest.raises(SystemExit, match="^0$"):
+                parse_verb(arguments)
+        else:
+            validate(parse_verb(arguments).config)
+    elif program in ("pytest", "pre-commit", "sacrebleu"):
+        assert any(requirement.name == program for requirement in _requirements())
     else:
         pytest.fail(f"{command}: no test knows {program}")
 
@@ -233,3 +233,11 @@ def test_every_recipe_is_listed() -> None:
     page = (ROOT / "docs" / "training.md").read_text()
     for path in (ROOT / "configs").glob("[!_]*.py"):
         assert f"| `{path.stem}` |" in page, path.name
+
+
+def test_the_parts_of_the_talk_name_tests_that_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "talk.md").read_text())
+    assert len(named) > 10
+    for path, name in named:
+        text = (ROOT / path).read_text()
+        assert f"def {name}(" in text if name else "def test_" in text, (path, name)

@@ -21,7 +21,7 @@ def test_every_key_is_told_once_and_asked_once(pairs):
     assert not problems_of(config)
     row = objective_of(config).example(config, TOKENIZER, {}, np.random.default_rng(0))
     assert {len(values) for values in row.values()} == {3 * pairs}
-    told = dict(row["inputs"][: 2 * pairs].reshape(-1, 2).tolist())
+    told: dict[int, int] = {int(key): int(value) for key, value in row["inputs"][: 2 * pairs].reshape(-1, 2)}
     asked = row["inputs"][2 * pairs :].tolist()
     assert sorted(asked) == sorted(told) and len(told) == pairs
     assert all(4 <= key < 132 <= value < 260 for key, value in told.items())
