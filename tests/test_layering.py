@@ -1,13 +1,20 @@
 """The shape of the code: which module may import which, and how much of it `train.py` needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from transformer.config.model import FeedForwardKind
+from transformer.models.mixers import MIXERS
+from transformer.objectives import OBJECTIVES
+from transformer.optimizers import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,6 +164,15 @@ def test_training_can_be_read_in_an_evening() -> None:
     table = "\n".join(f"{lines:6d}  {name}" for name, lines in sorted(sizes.items(), key=lambda item: -item[1]))
     assert len(sizes) > 5, f"the closure was not followed:\n{table}"
     assert sum(sizes.values()) < CLOSURE_LINES, f"{sum(sizes.values())} lines, {CLOSURE_LINES} allowed:\n{table}"
+
+
+@pytest.mark.parametrize("name", ["transformer.training.step", "transformer.training.loop"])
+def test_training_knows_no_model_by_name(name: str) -> None:
+    """A new mixer, objective or optimizer is a file and a line in a table."""
+    names = {*MIXERS, *OBJECTIVES, *OPTIMIZERS, *get_args(FeedForwardKind), "encoder", "decoder"} - {"none"}
+    assert {"attention", "lstm", "causal", "muon", "experts"} <= names
+    found = names & set(re.findall(r"[a-z]\w*", modules()[name].read_text().lower()))
+    assert not found, found
 
 
 def test_no_drawer_for_everything() -> None:

@@ -18,7 +18,8 @@ class AssociativeRecall(Objective):
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
         """Returns `num_pairs` pairs of key and value, and as many questions."""
-        pairs, middle = config.objective.num_pairs, (NUM_SPECIAL + tokenizer.vocab_size) // 2
+        middle = (NUM_SPECIAL + tokenizer.vocab_size) // 2
+        pairs = int(rng.integers(1, config.objective.num_pairs + 1))
         keys = rng.permutation(np.arange(NUM_SPECIAL, middle))[:pairs]
         values = rng.integers(middle, tokenizer.vocab_size, pairs)
         asked = rng.permutation(pairs)

@@ -105,7 +105,7 @@ class Loop:
         self.evaluator = Evaluator(config, prepared, model, mesh)
         self.vote = Vote(mesh, signals)
         self.num_traces = 0
-        # Model FLOPs, attention in full as is usual in published MFU, over the peak of the devices where it is known.
+        # Model FLOPs, all pairs of tokens counted as is usual in published MFU, over the peak of the devices where it is known.
         # Loaded by name: the costs of all kinds of layers are more than a reader of one run needs.
         flops = importlib.import_module("transformer.models.flops")
         self.flops_per_token = flops.training_flops_per_token(
