@@ -162,7 +162,7 @@ def check(command: Command, directory: Path) -> None:
             (directory / workdir).mkdir(parents=True, exist_ok=True)
             (directory / workdir / "config.json").write_text(to_json(Config()))
         if "--help" in arguments:
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 parse_verb(arguments)
         else:
             validate(parse_verb(arguments).config)
