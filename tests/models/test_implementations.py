@@ -26,6 +26,7 @@ from transformer.models.patterns import Pattern
 
 QUICK: Any = {"xla_backend_optimization_level": 0}
 LENGTH, HEADS, KV_HEADS, WIDTH = 33, 4, 2, 8
+VALUE_WIDTH = {name: 2 * WIDTH if it.other_values else WIDTH for name, it in IMPLEMENTATIONS.items()}
 XLA_ATTENTION = jax.nn.dot_product_attention
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -103,12 +104,13 @@ def make_bias(name: str | None, causal: bool) -> Any:
     return RelativeBuckets(jnp.asarray(table, jnp.float32), causal, 16)
 
 
-def arrays(case: Case, dtype: str) -> list[jax.Array]:
+def arrays(case: Case, dtype: str, value_width: int = WIDTH) -> list[jax.Array]:
     """Query, key, value, and the gradient of the output."""
     rng = np.random.default_rng(3)
     lengths = (case.mask.num_queries, case.mask.num_keys, case.mask.num_keys, case.mask.num_queries)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    shapes = [(4, length, count, WIDTH) for length, count in zip(lengths, heads, strict=True)]
+    widths = (WIDTH, WIDTH, value_width, value_width)
+    shapes = [(4, length, count, width) for length, count, width in zip(lengths, heads, widths, strict=True)]
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
@@ -125,11 +127,11 @@ def visible_pairs(label: str) -> np.ndarray:
 
 
 @cache
-def definition(label: str, dtype: str, is_biased: bool, soft_cap: float) -> list[np.ndarray]:
+def definition(label: str, dtype: str, value_width: int, is_biased: bool, soft_cap: float) -> list[np.ndarray]:
     """Output, and gradients of query, key, value and relative table, by hand in float64."""
     case = CASES[label]
     bias = make_bias(case.bias if is_biased else None, case.mask.causal)
-    query, key, value, ahead = (np.asarray(x, np.float64) for x in arrays(case, dtype))
+    query, key, value, ahead = (np.asarray(x, np.float64) for x in arrays(case, dtype, value_width))
     group, scale = HEADS // KV_HEADS, WIDTH**-0.5 if case.scale is None else case.scale
     key, value = (np.repeat(x, group, axis=2) for x in (key, value))
     visible = visible_pairs(label)[:, None]
@@ -144,7 +146,7 @@ def definition(label: str, dtype: str, is_biased: bool, soft_cap: float) -> list
     to_weights = np.einsum("btnu,bsnu->bnts", ahead, value)
     to_logits = weights * (to_weights - np.sum(weights * to_weights, axis=-1, keepdims=True))
     to_raw = scale * to_logits * (1 - np.square(bent))
-    of_groups = (4, case.mask.num_keys, KV_HEADS, group, WIDTH)
+    of_groups = (4, case.mask.num_keys, KV_HEADS, group, -1)
     results = [
         np.einsum("bnts,bsnu->btnu", weights, value),
         np.einsum("bnts,bsnh->btnh", to_raw, key),
@@ -202,7 +204,9 @@ def results(name: str, dtype: str, chosen: tuple[str, ...]) -> Any:
             found[label] = [output, *backward(ahead)]
         return found
 
-    inputs = {label: (arrays(CASES[label], dtype), options_for(name, CASES[label])[0]) for label in chosen}
+    inputs = {
+        label: (arrays(CASES[label], dtype, VALUE_WIDTH[name]), options_for(name, CASES[label])[0]) for label in chosen
+    }
     return jax.jit(compute, compiler_options=QUICK)(inputs)
 
 
@@ -210,7 +214,7 @@ def check(name: str, label: str, found: list[Any], dtype: str, tolerance: float)
     bias, soft_cap = options_for(name, CASES[label])
     *found, to_bias = found
     found += [to_bias.table] if isinstance(bias, RelativeBuckets) else []
-    expected = definition(label, dtype, bias is not None, soft_cap)
+    expected = definition(label, dtype, VALUE_WIDTH[name], bias is not None, soft_cap)
     names = ("output", "query", "key", "value", "relative table")
     for what, actual, wanted in zip(names, found, expected, strict=False):
         assert np.linalg.norm(np.asarray(actual, np.float64) - wanted) <= tolerance * np.linalg.norm(wanted), what
@@ -224,7 +228,7 @@ def check(name: str, label: str, found: list[Any], dtype: str, tolerance: float)
 
 @pytest.mark.parametrize(("name", "label"), PAIRS)
 def test_each_implementation_is_the_definition(name: str, label: str) -> None:
-    """Values and gradients, of queries that share keys, packed, padded, and blind."""
+    """Values and gradients, of queries that share keys, packed, padded, and blind, and of values wider than keys."""
     chosen = tuple(label for other, label in PAIRS if other == name)
     check(name, label, results(name, "float32", chosen)[label], "float32", 1e-5)
 
@@ -300,6 +304,9 @@ def test_a_configuration_asks_for_no_more_than_is_taken(name: str) -> None:
         is_taken = least.get(what, what in implementation.masks)
         expected = f"{asking}: model.attention_implementation = {name!r} "
         assert problems == [] if is_taken else [p for p in problems if p.startswith(expected)], (what, problems)
+    latent = replace(base, model={"layers": "latent_attention", "rotary_head_width": 32})
+    refused = "model.rotary_head_width = 32: " if not implementation.other_values else ""
+    assert all(p.startswith(refused) for p in problems_of(latent)) and bool(problems_of(latent)) == bool(refused)
     decoder_and_encoder = replace(
         base, model={"architecture": "encoder_decoder"}, objective={"name": "span_corruption"}
     )
@@ -350,8 +357,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cpu", mask_of(2048, causal=False), {}, "blockwise", None),
         ("tpu", mask_of(8192), {}, "splash", None),
         ("tpu", mask_of(8192), {"has_bias": True}, "blockwise", "splash adds no bias"),
-        ("tpu", mask_of(512), {"head_widths": (12, 12)}, "reference", "splash takes heads"),
-        ("tpu", mask_of(512), {"head_widths": (64, 32)}, "reference", "64 for keys and 32 for values"),
+        ("tpu", mask_of(512), {"head_widths": (12, 12)}, "reference", "splash takes widths of heads"),
+        ("tpu", mask_of(512), {"head_widths": (96, 64)}, "splash", None),
+        (
+            "gpu",
+            mask_of(512),
+            {"head_widths": (96, 64), "dtype": "bfloat16"},
+            "reference",
+            "96 for keys and 64 for values",
+        ),
         ("tpu", mask_of(2048, aligned=False), {}, "blockwise", "not of a cache"),
         ("tpu", mask_of(2048, sparsity=Pattern("dilated", 3, 0, 2)), {}, "blockwise", "not dilated"),
         ("gpu", mask_of(2048), {"dtype": "bfloat16"}, "cudnn", None),

@@ -39,13 +39,16 @@ class Implementation:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     head_multiple: int = 1
     widest_head: int | None = None
-    """None: any, and values may have another width than keys."""
+    """None: any."""
+    other_values: bool = True
+    """Whether values may have another width than keys."""
 
     @property
     def heads(self) -> str:
         """The widths of heads that it takes, in words."""
-        widest = "" if self.widest_head is None else f", up to {self.widest_head}"
-        return "any" if self.head_multiple == 1 else f"multiples of {self.head_multiple}{widest}"
+        widest = "" if self.widest_head is None else f" up to {self.widest_head}"
+        same = "" if self.other_values else ", values as wide as keys"
+        return "any" if self.head_multiple == 1 else f"multiples of {self.head_multiple}{widest}{same}"
 
     def refusals(self, asked: Asked) -> Iterator[tuple[str, str]]:
         """Yields what asks for something that it cannot compute exactly, and what it takes instead."""
@@ -62,12 +65,12 @@ class Implementation:
             yield "soft_cap", "does not bend the products of queries and keys"
         if asked.dtype not in self.dtypes:
             yield "dtype", f"computes in {' or '.join(self.dtypes)}, not {asked.dtype}"
-        if self.head_multiple > 1:
-            width, value_width = asked.head_widths
-            is_wide = self.widest_head is not None and width > self.widest_head
-            if width % self.head_multiple or is_wide or value_width != width:
-                widths = f"{width}" if value_width == width else f"{width} for keys and {value_width} for values"
-                yield "head_widths", f"takes heads of one width ({self.heads}), not {widths}"
+        width, value_width = asked.head_widths
+        is_wide = self.widest_head is not None and max(asked.head_widths) > self.widest_head
+        is_other = value_width != width and not self.other_values
+        if width % self.head_multiple or value_width % self.head_multiple or is_wide or is_other:
+            widths = f"{width}" if value_width == width else f"{width} for keys and {value_width} for values"
+            yield "head_widths", f"takes widths of heads that are {self.heads}; not {widths}"
 
 
 def _plain(function: str, module: str = "transformer.models.dot_product") -> Implementation:
@@ -76,8 +79,18 @@ def _plain(function: str, module: str = "transformer.models.dot_product") -> Imp
 
 def _gpu_kernel(function: str, tested: str) -> Implementation:
     # Both would round a bias to 16 bits; neither bends logits and differentiates that.
-    limits = {"bias": False, "soft_cap": False, "dtypes": ("bfloat16",), "head_multiple": 8, "widest_head": 128}
-    return Implementation("transformer.models.kernels", function, tested, ("gpu",), **limits)
+    return Implementation(
+        "transformer.models.kernels",
+        function,
+        tested,
+        platforms=("gpu",),
+        bias=False,
+        soft_cap=False,
+        dtypes=("bfloat16",),
+        head_multiple=8,
+        widest_head=128,
+        other_values=False,
+    )
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -104,10 +117,15 @@ def refusals(config: Config, name: str, platform: str | None = None) -> Iterator
     takes instead."""
     model = config.model
     try:
-        kinds = [kind for kind in (*model.kinds, *model.encoder_kinds) if kind.mixer == "attention"]
+        kinds = [
+            kind for kind in (*model.kinds, *model.encoder_kinds) if kind.mixer in ("attention", "latent_attention")
+        ]
         widths = (model.head_dim, model.head_dim)
     except (ValueError, ZeroDivisionError):
         return  # a problem of its own
+    width_key = "model.width" if model.head_width is None else "model.head_width"
+    if any(kind.mixer == "latent_attention" for kind in kinds):
+        widths, width_key = (model.head_dim + model.rotary_head_width, model.head_dim), "model.rotary_head_width"
     patterns = {kind.pattern for kind in kinds} - {"full"}
     # Each kind of mask that the configuration leads to, and the key that asks for it.
     keys_of_masks = {pattern: "model.layers" for pattern in patterns}
@@ -125,7 +143,7 @@ def refusals(config: Config, name: str, platform: str | None = None) -> Iterator
     asked = Asked(tuple(keys_of_masks), widths, model.compute_dtype, has_bias, has_soft_cap, platform)
     asking = keys_of_masks | {"bias": "model.positions", "soft_cap": "model.attention_soft_cap"}
     asking |= {"dtype": "model.compute_dtype", "platform": "model.attention_implementation"}
-    asking["head_widths"] = "model.width" if model.head_width is None else "model.head_width"
+    asking["head_widths"] = width_key
     for what, takes in IMPLEMENTATIONS[name].refusals(asked):
         yield f"{asking[what]} = {get(config, asking[what])!r}", takes
 

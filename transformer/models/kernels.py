@@ -24,14 +24,14 @@ LANES = 128
 def splash(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K U"],
     mask: Mask,
     *,
     bias: Bias | None = None,
     scale: float | None = None,
     soft_cap: float = 0.0,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Pallas' block-sparse flash attention for TPUs, which knows segments; `interpret` runs it elsewhere, slowly."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as columns
