@@ -47,7 +47,7 @@ def test_a_beam_as_wide_as_all_texts_finds_the_best_of_them(architecture: str, a
         assert [text.tokens for text in texts] == [
             tokens[: len(tokens) - (tokens[-1] == EOS)] for _, tokens in best[:8]
         ]
-        np.testing.assert_allclose([text.score for text in texts], [score for score, _ in best[:8]], rtol=1e-4)
+        np.testing.assert_allclose([text.score or 0 for text in texts], [score for score, _ in best[:8]], rtol=1e-4)
         assert [text.ended for text in texts] == [tokens[-1] == EOS for _, tokens in best[:8]]
         ended |= {(text.ended, len(text.tokens)) for text in texts}
     assert {True, False} == {is_end for is_end, _ in ended} and len(ended) > 2
@@ -106,8 +106,9 @@ def test_one_beam_is_greedy_through_caches_that_grow() -> None:
 
 
 def test_beams_follow_their_own_past() -> None:
-    """Scores of long texts through reordered caches, rings among them: those of a forward pass over the text."""
-    model, params = build(layers="attention.window", window=3, num_layers=2, architecture="encoder_decoder")
+    """Scores of long texts through reordered caches, rings and recurrent states among them: those of a forward pass over the text."""
+    layers = {"layers": "attention.window+lstm/none", "encoder_layers": "attention", "window": 3, "num_layers": 2}
+    model, params = build(architecture="encoder_decoder", **layers)
     (texts,) = beam_search(model, params, ENDLESS, ["bad cafe"], 12, num_beams=4, num_best=4, alpha=1.0)
     for text in texts:
         logits = uncached_logits(model, params, [[BOS, *text.tokens]], source="bad cafe", tokenizer=ENDLESS)

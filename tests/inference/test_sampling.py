@@ -88,7 +88,7 @@ def test_a_repetition_penalty_makes_what_was_seen_less_likely_whatever_its_sign(
 def test_a_sort_is_left_out_where_nothing_is_cut() -> None:
     """One program for all settings, in which the sort is in one of two branches, also side by side in a batch."""
     rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6)), jnp.float32)
-    sampled = jax.jit(lambda rows, sampling: jax.vmap(lambda row: kept_logits(row, sampling))(rows))
+    sampled: Any = jax.jit(lambda rows, sampling: jax.vmap(lambda row: kept_logits(row, sampling))(rows))
 
     def primitives(jaxpr: Any, into_branches: bool) -> set[str]:
         found = {equation.primitive.name for equation in jaxpr.eqns}

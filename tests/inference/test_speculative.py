@@ -107,9 +107,17 @@ def p_value(texts: Any, probabilities: dict[tuple[int, ...], float]) -> float:
     "changes",
     [
         {},
-        {"architecture": "encoder_decoder", "layers": "attention.window", "window": 6, "num_sinks": 2},
+        {
+            "architecture": "encoder_decoder",
+            "layers": "attention.window+lstm/none",
+            "encoder_layers": "attention",
+            "num_layers": 2,
+            "num_encoder_layers": 1,
+            "window": 6,
+            "num_sinks": 2,
+        },
     ],
-    ids=["decoder", "encoder-decoder with a window"],
+    ids=["decoder", "encoder-decoder with a window and a recurrence"],
 )
 def test_greedy_texts_are_those_of_the_model(changes: dict[str, Any]) -> None:
     """Also through caches that cannot take a token back; with a draft that is often right, always right, and hardly."""
