@@ -139,7 +139,7 @@ def test_five_mistakes_give_five_messages(
     [
         (
             ["trian"],
-            "'trian' is not a verb; there are prepare, train, evaluate, generate, describe, implementations (did you mean train?)",
+            f"'trian' is not a verb; there are {', '.join(cli.VERBS)} (did you mean train?)",
         ),
         (["train", "--config", "tiny.json"], "--workdir is missing: name the run directory"),
         (["evaluate"], "--workdir is missing: name the run directory"),

@@ -325,6 +325,8 @@ def parse(arguments: Sequence[str]) -> Options:
 def _parse_study(arguments: Sequence[str]) -> Options:
     """Returns the options of a study, whose name is the first word, and whose recipe is its own unless one is given."""
     name, *rest = arguments or [""]
+    if {"-h", "--help"} & set(arguments) and name.startswith("-"):
+        return parse_options(StudyOptions, arguments, f"transformer study {{{','.join(STUDIES)}}}")
     if name not in STUDIES:
         raise ConfigError(f"{name!r} is not a study, which are {', '.join(STUDIES)}{nearest(name, tuple(STUDIES))}")
     given = any(argument.partition("=")[0] == "--config" for argument in rest)

@@ -113,8 +113,7 @@ class ModelConfig:
     attention_implementation: Literal[
         "auto", "reference", "causal_blocks", "blockwise", "splash", "cudnn", "tokamax"
     ] = "auto"
-    """All pairs at once (reference), in blocks (causal_blocks, blockwise), by a kernel of a TPU (splash) or a GPU (cudnn,
-    tokamax); `auto`: by platform, mask and length. `transformer implementations` tells what each can compute."""
+    """`auto`: by platform, mask and length; `transformer implementations` tells what each of the others can compute."""
 
     # Mixers with a state of constant size.
     recurrence_form: Literal["chunkwise", "parallel", "recurrent"] = "chunkwise"

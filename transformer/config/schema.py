@@ -154,8 +154,7 @@ class OptimizerConfig:
     decay_share: float = 0.2
     """Share of the steps over which `wsd` decays."""
     beta1: float = 0.9
-    """Decay of the first moment (adamw, muon's Adam, lion), or weight of the average where schedule_free computes
-    gradients; momentum of sgd and muon is separate."""
+    """Decay of the first moment (adamw, muon's Adam, lion); weight of the average where schedule_free is differentiated."""
     beta2: float = 0.95
     """Decay of the second moment (adamw, muon's Adam, schedule_free), of the only one of lion."""
     epsilon: float = 1e-8
