@@ -344,19 +344,6 @@ def test_evaluate(command: Command, trained: Path) -> None:
     assert f"cross-entropy {logged[step]['cross_entropy']:.4f} nats a token" in best.stdout
 
 
-def test_generate(command: Command, trained: Path) -> None:
-    flags = ["generate", "--workdir", "run", "--max-tokens", "12", "--seed", "5"]
-    done = command("transformer", *flags, "--json", "--prompt", "alpha beta gamma delta", "x")
-    assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout)
-    assert (first["prompt"], second["prompt"]) == ("alpha beta gamma delta", "x")
-    assert all(len(text["tokens"]) == 12 or text["ended"] for text in (first, second))
-    # The first row of a batch draws what it draws alone; a single prompt is streamed after itself.
-    alone = command("transformer", *flags, "--prompt", "alpha beta gamma delta")
-    assert alone.returncode == 0, alone.stderr
-    assert alone.stdout == first["prompt"] + first["text"] + "\n"
-
-
 def test_describe_a_run(command: Command, trained: Path) -> None:
     done = command("transformer", "describe", "--config", "run", "--parallel.tensor", "2")
     assert done.returncode == 0, done.stderr
@@ -407,6 +394,7 @@ def trains_a_step(command: Command, workdir: Path, split: tuple[int, int, int], 
     return first["loss"]
 
 
+@pytest.mark.slow
 def test_gpt2_trains_on_eight_devices(command: Command, tmp_path: Path) -> None:
     """Twelve heads and 50,257 = 29 x 1,733 tokens, which 8 divides neither of; narrow, so that it is a test of seconds."""
     narrow = ("--model.width", "48")

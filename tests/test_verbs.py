@@ -173,21 +173,6 @@ def test_evaluate_refuses_what_the_run_does_not_have(trained: Path, tmp_path: Pa
             cli.run(["evaluate", "--workdir", str(trained), *flags])
 
 
-def test_generate_streamed_in_a_batch_and_as_json(ask: Callable[..., str]) -> None:
-    """The same text for the same seed, whatever stands beside it."""
-    flags = ["--max-tokens", "30", "--top-k", "20"]
-    streamed = ask("generate", *flags, "--seed", "3", "--prompt", "naïve ")
-    assert streamed.startswith("naïve ") and len(streamed) > len("naïve ") + 5
-    assert ask("generate", *flags, "--seed", "3", "--prompt", "naïve ") == streamed
-    assert ask("generate", *flags, "--seed", "4", "--prompt", "naïve ") != streamed
-    batch = json.loads(ask("generate", *flags, "--seed", "3", "--json", "--prompt", "naïve ", "été été été ", ""))
-    assert [text["prompt"] for text in batch] == ["naïve ", "été été été ", ""]
-    assert batch[0]["prompt"] + batch[0]["text"] + "\n" == streamed
-    assert all(len(text["tokens"]) == 30 or text["ended"] for text in batch)
-    listed = ask("generate", *flags, "--seed", "3", "--prompt", "naïve ", "--prompt", "été été été ", "--prompt", "")
-    assert all(text["prompt"] + text["text"] in listed for text in batch)
-
-
 def test_generate_prints_as_it_goes(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Piece by piece, each flushed before the next."""
     written: list[str] = []

@@ -161,7 +161,7 @@ def test_a_run_that_averages_evaluates_its_average_and_resumes_without(
     assert loss == pytest.approx(read_lines(workdir)[-1]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     tensor: int,
     make_run: Make,
