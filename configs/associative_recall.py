@@ -11,9 +11,9 @@ def get_config() -> Config:
         Config(),
         objective={"name": "associative_recall", "num_pairs": 16},
         data={"source": ("python_stdlib",), "tokenizer": "bytes", "sequence_length": 48},
-        model={"num_layers": 2, "width": 64, "num_heads": 1},
-        optimizer={"learning_rate": 4e-3, "warmup_steps": 50, "final_ratio": 0.02},
-        train={"num_steps": 1500, "batch_size": 64},
-        evaluation={"every_steps": 250, "num_batches": 16, "sample_tokens": 0},
+        model={"layers": "attention/none", "num_layers": 2, "width": 64, "num_heads": 2, "initial_scale": 0.05},
+        optimizer={"learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.0},
+        train={"num_steps": 3000, "batch_size": 128},
+        evaluation={"every_steps": 500, "num_batches": 8, "sample_tokens": 0},
         checkpoint={"every_steps": 500},
     )

@@ -19,8 +19,18 @@ def config_of(pairs: int, length: int) -> Config:
 def test_every_key_is_told_once_and_asked_once(pairs):
     config = config_of(pairs, 400)
     assert not problems_of(config)
-    row = objective_of(config).example(config, TOKENIZER, {}, np.random.default_rng(0))
-    assert {len(values) for values in row.values()} == {3 * pairs}
+    most, generator, seen = pairs, np.random.default_rng(0), set()
+    for _ in range(20):
+        row = objective_of(config).example(config, TOKENIZER, {}, generator)
+        [length] = {len(values) for values in row.values()}
+        pairs = length // 3
+        assert length == 3 * pairs and 1 <= pairs <= most
+        seen.add(pairs)
+        check(row, pairs)
+    assert len(seen) > min(most, 5) // 2
+
+
+def check(row: dict[str, np.ndarray], pairs: int) -> None:
     told: dict[int, int] = {int(key): int(value) for key, value in row["inputs"][: 2 * pairs].reshape(-1, 2)}
     asked = row["inputs"][2 * pairs :].tolist()
     assert sorted(asked) == sorted(told) and len(told) == pairs
@@ -32,7 +42,7 @@ def test_every_key_is_told_once_and_asked_once(pairs):
 def test_examples_differ_with_their_generator():
     config = config_of(16, 48)
     first, other = (objective_of(config).example(config, TOKENIZER, {}, np.random.default_rng(seed)) for seed in (0, 1))
-    assert (first["inputs"] != other["inputs"]).any()
+    assert first["inputs"].tolist() != other["inputs"].tolist()
 
 
 def test_what_does_not_fit_is_refused():

@@ -132,7 +132,7 @@ class ObjectiveConfig:
     future_weight: float = 0.3
     """Weight of the loss of tokens beyond the next (`multi_token`)."""
     num_pairs: int = 16
-    """Keys whose values are asked for (`associative_recall`)."""
+    """Most keys that an example has, whose values are asked for (`associative_recall`)."""
 
 
 @dataclass(frozen=True)

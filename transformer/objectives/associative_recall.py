@@ -17,7 +17,10 @@ class AssociativeRecall(Objective):
     """
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
-        """Returns `num_pairs` pairs of key and value, and as many questions."""
+        """Returns up to `num_pairs` pairs of key and value, each number as often, and as many questions.
+
+        From examples of few pairs, where little has to be told apart, a model learns to look at all.
+        """
         middle = (NUM_SPECIAL + tokenizer.vocab_size) // 2
         pairs = int(rng.integers(1, config.objective.num_pairs + 1))
         keys = rng.permutation(np.arange(NUM_SPECIAL, middle))[:pairs]

@@ -12,7 +12,7 @@ from transformer.config import Config, replace
 from transformer.config.model import Mixer
 from transformer.studies.study import Outcome, Study, Trial, by_trial, spread, table
 
-PAIRS = (4, 16, 64)
+PAIRS = (4, 8, 16)
 
 
 def trials(base: Config) -> list[Trial]:
@@ -21,8 +21,12 @@ def trials(base: Config) -> list[Trial]:
     for mixer in get_args(Mixer):
         for pairs in PAIRS:
             length = 3 * pairs
-            changes = {"layers": mixer, "positions": base.model.positions if mixer == "attention" else "none"}
-            config = replace(base, model=changes, objective={"num_pairs": pairs}, data={"sequence_length": length})
+            config = replace(
+                base,
+                model={"layers": f"{mixer}/none"},
+                objective={"num_pairs": pairs},
+                data={"sequence_length": length},
+            )
             made.append(
                 Trial(f"{mixer}_{pairs}", config, {"mixer": mixer, "pairs": pairs, "state": state_size(config)})
             )
