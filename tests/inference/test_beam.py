@@ -105,6 +105,7 @@ def test_one_beam_is_greedy_through_caches_that_grow() -> None:
     assert {len(text.tokens) for text in greedy} == {40}
 
 
+@pytest.mark.slow
 def test_beams_follow_their_own_past() -> None:
     """Scores of long texts through reordered caches, rings and recurrent states among them: those of a forward pass over the text."""
     layers = {"layers": "attention.window+lstm/none", "encoder_layers": "attention", "window": 3, "num_layers": 2}

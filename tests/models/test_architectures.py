@@ -124,6 +124,18 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
+ON_DEMAND = (
+    *("one key head", "no positions", "half rotary", "linear rotary", "llama 3 rotary", "sinusoidal", "scales"),
+    *("post", "no norm", "no residuals", "no MLP", "latent", "parallel", "encoder-decoder, Bahdanau, scanned"),
+)
+"""What differs from others in no more than a formula that has a test of its own."""
+
+VARIANTS = [
+    pytest.param(changes, id=name, marks=[pytest.mark.slow] if name in ON_DEMAND else [])
+    for name, changes in DECODERS.items()
+]
+
+
 def build(changes: dict[str, Any]) -> tuple[Transformer, Any]:
     model = Transformer(dataclasses.replace(BASE, **changes))
     return model, init_parameters(model, jax.random.key(0, impl="unsafe_rbg"))
@@ -144,7 +156,7 @@ def batch_of(model: Transformer, length: int = LENGTH, padding: int = 0) -> dict
     return {name: jnp.asarray(values, jnp.int32) for name, values in batch.items()}
 
 
-@pytest.mark.parametrize("changes", DECODERS.values(), ids=DECODERS.keys())
+@pytest.mark.parametrize("changes", VARIANTS)
 def test_a_cache_gives_what_one_pass_gives(changes):
     """Prompts of different lengths in one go, some tokens together, the rest one by one."""
     model, params = build(changes)
@@ -187,7 +199,7 @@ def dependencies(model: Transformer, params: Any, batch: dict[str, jax.Array]) -
     return np.any(np.asarray(jacobian) != 0, axis=(1, 3))
 
 
-@pytest.mark.parametrize("changes", DECODERS.values(), ids=DECODERS.keys())
+@pytest.mark.parametrize("changes", VARIANTS)
 def test_no_state_depends_on_a_later_token(changes):
     model, params = build(changes)
     found = dependencies(model, params, batch_of(model))

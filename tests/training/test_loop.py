@@ -361,6 +361,7 @@ def test_a_profile_is_written(make_run: Make, tmp_path: Path) -> None:
     assert b"train" in trace.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_profile_survives_the_end_of_a_run_and_a_resume_within_it(
     make_run: Make, tmp_path: Path, signal_after: Callable[[int, int], None]
 ) -> None:
