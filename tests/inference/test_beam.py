@@ -32,7 +32,9 @@ def expected(
     return sorted(((score / ((5 + len(text)) / 6) ** alpha, text) for text, score in texts), reverse=True)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize(
+    "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.6, pytest.param(2.0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 def test_a_beam_as_wide_as_all_texts_finds_the_best_of_them(architecture: str, alpha: float) -> None:
     """V^T beams leave nothing out: the same texts in the same order, with the same scores, of three prompts at once.
@@ -84,7 +86,7 @@ def narrow(
     return best
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_narrow_beam_is_the_search_by_definition(alpha: float) -> None:
     """Stopping early, of each prompt by itself, changes nothing."""
     model, params = tiny()

@@ -126,9 +126,10 @@ DECODERS: dict[str, dict[str, Any]] = {
 
 ON_DEMAND = (
     *("one key head", "no positions", "half rotary", "linear rotary", "llama 3 rotary", "sinusoidal", "scales"),
+    *("yarn", "learned", "dilated", "soft caps", "minGRU", "scanned, grouped", "encoder-decoder, relative, scanned"),
     *("post", "no norm", "no residuals", "no MLP", "latent", "parallel", "encoder-decoder, Bahdanau, scanned"),
 )
-"""What differs from others in no more than a formula that has a test of its own."""
+"""What differs from others in no more than what has a test of its own."""
 
 VARIANTS = [
     pytest.param(changes, id=name, marks=[pytest.mark.slow] if name in ON_DEMAND else [])

@@ -189,7 +189,9 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     assert_same_run(workdir, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("moment", ["at the step", "in the validation", "killed after it"])
+@pytest.mark.parametrize(
+    "moment", ["at the step", pytest.param("in the validation", marks=pytest.mark.slow), "killed after it"]
+)
 def test_a_signal_does_not_wait_for_a_validation_that_is_due(
     moment: str,
     make_run: Make,
@@ -355,6 +357,7 @@ def traces_in(workdir: Path) -> list[Path]:
     return sorted(workdir.glob("profile/**/*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_profile_is_written(make_run: Make, tmp_path: Path) -> None:
     assert loop.run(make_run(profile={"start_step": 3, "num_steps": 2}), tmp_path / "run") == 0
     (trace,) = traces_in(tmp_path / "run")
