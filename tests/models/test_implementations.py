@@ -220,7 +220,7 @@ def check(name: str, label: str, found: list[Any], dtype: str, tolerance: float)
         assert np.linalg.norm(np.asarray(actual, np.float64) - wanted) <= tolerance * np.linalg.norm(wanted), what
     # What sees nothing gets zero, what nobody sees no gradient: to the bit.
     visible = visible_pairs(label)
-    blind, unseen = ~visible.any(axis=2), ~visible.any(axis=1)
+    blind, unseen = (np.logical_not(np.any(visible, axis=axis)) for axis in (2, 1))
     assert blind[3].all() and unseen[3].all() and unseen[2].any() and not blind[0].any()
     for what, actual, hidden in zip(names[:4], found[:4], (blind, blind, unseen, unseen), strict=True):
         assert not np.any(np.asarray(actual)[hidden]), what

@@ -125,7 +125,8 @@ def test_a_step_waits_for_one_product_and_weights_get_theirs_once(mixer):
     inputs = jnp.zeros((length, batch, cell.num_inputs * width))
 
     def loss(weights):
-        return jnp.sum(recurrence(cell, False, weights, inputs, state, steps, None, None)[1])
+        found: Any = recurrence(cell, False, weights, inputs, state, steps, None, None)
+        return jnp.sum(found[1])
 
     weights = jnp.zeros((width, cell.num_products * width))
     found = products(jax.make_jaxpr(jax.grad(loss))(weights).jaxpr)

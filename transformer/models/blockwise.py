@@ -104,8 +104,8 @@ def blockwise_attention(
         return x.transpose(1, 0, 3, 4, 2, 5)
 
     keys, values = (blocks(x, plan.columns)[:, :, :, 0] for x in (key, value))
-    output = _attend(plan, blocks(query, plan.rows), keys, values, places, tables).transpose(1, 0, 4, 2, 3, 5)
-    return output.reshape(batch, -1, num_heads, value.shape[3])[:, :length]
+    output: Array = _attend(plan, blocks(query, plan.rows), keys, values, places, tables)
+    return output.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, num_heads, value.shape[3])[:, :length]
 
 
 def _pad(x: Array, size: int) -> Array:

@@ -54,7 +54,7 @@ def _backward(backwards: bool, residuals: Any, gradient: Array) -> Any:
     def shifted(x: Array, earlier: bool) -> Array:
         return jnp.concatenate([x[1:], zero] if earlier else [zero, x[:-1]])
 
-    total = linear_recurrence(not backwards, shifted(decay, not backwards), gradient)
+    total: Array = linear_recurrence(not backwards, shifted(decay, not backwards), gradient)
     return total * shifted(hidden, backwards), total
 
 
