@@ -667,8 +667,7 @@ RULES: list[tuple[dict[str, Any], str, str | None]] = [
     (
         {"layers": "attention+gru"},
         "prefix_lm",
-        "model.layers = 'attention+gru': a recurrent layer of a decoder cannot see a prefix both ways, which "
-        "objective.name = 'prefix_lm' needs",
+        "model.layers = 'attention+gru': gru cannot see a prefix both ways, as objective.name = 'prefix_lm' asks",
     ),
     ({"layers": "lstm+gru/none", "width": 33}, "causal", None),  # without heads, their width is nothing to divide
     (PAIRS | {"cross_attention": "bahdanau", "layers": "gru", "num_heads": 7}, "span_corruption", None),

@@ -1,6 +1,7 @@
 """How prompts become batches."""
 
 import gzip
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from transformer.models.transformer import Transformer
 TOKENIZER = ByteTokenizer()
 
 
-def model_of(**changes: object) -> Transformer:
-    return Transformer(ModelConfig(**{"vocab_size": 260, "num_layers": 1, "width": 8, "scan_layers": False} | changes))  # type: ignore[arg-type]
+def model_of(**changes: Any) -> Transformer:
+    return Transformer(ModelConfig(**{"vocab_size": 260, "num_layers": 1, "width": 8, "scan_layers": False} | changes))
 
 
 def columns(batch: dict[str, np.ndarray], row: int, name: str = "") -> list[tuple[int, int]]:

@@ -5,18 +5,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick import QUICK
 
+from transformer.config import ModelConfig
 from transformer.models.spans import spans_of
 
-# Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
-QUICK = {"xla_backend_optimization_level": 0}
 PREVIOUS = 1
 """The segment that the initial state belongs to."""
+SEGMENTS = np.array(
+    [
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 1, 1, 0, 1, 2, 2, 0, 0, 3],  # padding before, within, between and after
+        [4, 2, 2, 2, 2, 7, 7, 7, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+)
+SOURCE = np.array(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 3, 3, 3, 0, 0],  # nothing to read for segment 2
+        [0, 4, 2, 2, 0, 7, 7],
+        [1, 1, 1, 1, 1, 1, 1],
+    ]
+)
 CHUNK = 16
 """Longer than some texts that are tried; divides some of the others, and not all."""
 FORMS_AND_LENGTHS = [("recurrent", 1), ("recurrent", 200), ("parallel", 200)]
-FORMS_AND_LENGTHS += [("chunkwise", length) for length in (1, 7, 64, 200)]
-"""Below the chunk's length the parallel form is the chunkwise one."""
+FORMS_AND_LENGTHS += [("chunkwise", length) for length in (7, 64, 200)]
+"""One token takes one step; below the chunk's length the parallel form is the chunkwise one."""
 
 
 class Case(NamedTuple):
@@ -104,23 +120,22 @@ def reference(case: Case) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]
     return output, last, gradients
 
 
-def run_form(form: Any, case: Case, chunk_length: int) -> tuple[Any, Any, dict[str, Any]]:
+def run_form(mix: Any, form: Any, case: Case, chunk_length: int) -> tuple[Any, Any, dict[str, Any]]:
     """Returns what `reference` does, of one form of a recurrence."""
+    config = ModelConfig(recurrence_form=form, chunk_length=chunk_length)
 
     def differentiated(inputs: Any, ahead: Any, segment_ids: Any) -> Any:
         spans = spans_of(segment_ids, jnp.full(len(segment_ids), PREVIOUS, jnp.int32))
         arguments = {"log_decay": None} | inputs
-        (output, last), backward = jax.vjp(
-            lambda inputs: form(**(arguments | inputs), spans=spans, chunk_length=chunk_length), inputs
-        )
+        (output, last), backward = jax.vjp(lambda inputs: mix(config, **(arguments | inputs), spans=spans), inputs)
         return output, last, backward(ahead)[0]
 
     return jax.jit(differentiated, compiler_options=QUICK)(*case)
 
 
-def assert_is_the_loop(form: Any, case: Case, chunk_length: int) -> None:
+def assert_is_the_loop(mix: Any, form: str, case: Case, chunk_length: int) -> None:
     """Values and gradients are those of `reference`; what concerns padding is zero to the bit."""
-    actual = run_form(form, case, chunk_length)
+    actual = run_form(mix, form, case, chunk_length)
     assert_close(actual, reference(case))
     padding = case.segment_ids == 0
     of_tokens = {name: gradient for name, gradient in actual[2].items() if name != "state"}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models.masks import Tokens
@@ -15,7 +16,6 @@ from transformer.models.parameters import bind, init_parameters
 from transformer.models.positions import rotary_angles
 from transformer.models.transformer import Transformer, apply, empty_cache
 
-QUICK = {"xla_backend_optimization_level": 0}
 LENGTH = 14
 BASE = ModelConfig(
     vocab_size=32,

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 from recurrences import (
     CHUNK,
     FORMS_AND_LENGTHS,
-    QUICK,
     assert_close,
     assert_is_the_loop,
     random_case,
@@ -15,13 +15,13 @@ from recurrences import (
     run_form,
 )
 
-from transformer.models.delta_rule import FORMS
+from transformer.models.delta_rule import mix
 from transformer.models.triangular import unit_lower_inverse
 
 
 @pytest.mark.parametrize(("form", "length"), FORMS_AND_LENGTHS)
 def test_each_form_is_the_loop_and_its_gradient(form, length):
-    assert_is_the_loop(FORMS[form], random_case(length, "scalar", is_delta=True), CHUNK)
+    assert_is_the_loop(mix, form, random_case(length, "scalar", is_delta=True), CHUNK)
 
 
 def test_equal_keys_without_decay_keep_the_last_value():
@@ -32,7 +32,7 @@ def test_equal_keys_without_decay_keep_the_last_value():
     inputs["key"] = np.broadcast_to(inputs["key"][:1, :1, :1], inputs["key"].shape)
     inputs["query"] = inputs["key"]
     case = case._replace(inputs=inputs)
-    output, last, gradients = run_form(FORMS["chunkwise"], case, 64)
+    output, last, gradients = run_form(mix, "chunkwise", case, 64)
     seen = case.segment_ids != 0
     np.testing.assert_allclose(np.asarray(output)[seen], inputs["value"][seen], rtol=1e-4, atol=1e-4)
     _, expected_last, expected = reference(case)

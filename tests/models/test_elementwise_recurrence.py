@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from transformer.models.elementwise_recurrence import linear_all_at_once, linear_in_turn, linear_recurrence
-
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def random(*shape: int, seed: int = 1) -> Any:

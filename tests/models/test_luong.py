@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models.cache import map_cache, zeros
@@ -12,7 +13,6 @@ from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
 from transformer.models.parameters import bind, map_specs, parameter_specs
 
-QUICK = {"xla_backend_optimization_level": 0}
 SEGMENTS = np.array([[1, 1, 1, 2, 2], [0, 3, 0, 3, 4], [0, 0, 0, 0, 0]])
 SOURCE = np.array([[1, 2, 2, 0, 1, 1], [3, 3, 0, 0, 0, 3], [1, 1, 1, 1, 1, 1]])
 

@@ -6,14 +6,13 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import pytest
+from quick import QUICK
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.config.model import LinearMixer
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, make_mixer
 from transformer.models.parameters import abstract_parameters, bind
-
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def temporary_bytes(name: str, length: int) -> int:

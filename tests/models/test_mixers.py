@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mixer_references import REFERENCES
-from recurrences import QUICK, assert_close
+from quick import QUICK
+from recurrences import assert_close
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.models.masks import Tokens

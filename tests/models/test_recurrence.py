@@ -7,26 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import QUICK
+from recurrences import SEGMENTS, SOURCE
 
-from transformer.models.recurrence import CELLS, Reader, Steps, recurrence, starts_of
-
-QUICK = {"xla_backend_optimization_level": 0}
-SEGMENTS = np.array(
-    [
-        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-        [0, 1, 1, 0, 1, 2, 2, 0, 0, 3],  # padding before, within, between and after
-        [4, 2, 2, 2, 2, 7, 7, 7, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    ]
-)
-SOURCE = np.array(
-    [
-        [1, 1, 1, 1, 1, 1, 1],
-        [1, 1, 3, 3, 3, 0, 0],  # nothing to read for segment 2
-        [0, 4, 2, 2, 0, 7, 7],
-        [1, 1, 1, 1, 1, 1, 1],
-    ]
-)
+from transformer.models.recurrence import CELLS, Reader, Steps, recurrence
+from transformer.models.spans import spans_of
 
 
 def random(*shape: int, seed: int = 1) -> Any:
@@ -75,7 +60,7 @@ def test_values_and_gradients_are_those_of_a_plain_scan(mixer, backwards, reads)
     read = (random(width, 5), random(5), random(7, num_inputs), random(*SOURCE.shape, 5), random(*SOURCE.shape, 7))
     with jax.enable_x64(True):
         segments = jnp.asarray(SEGMENTS.T, jnp.int32)
-        starts = starts_of(segments[order], jnp.ones(batch, jnp.int32))[order]
+        starts = spans_of(segments[order].T, jnp.ones(batch, jnp.int32)).starts.T[order]
         assert np.sum(starts) == (6 if backwards else 5)  # segment 1 goes on
         steps, source = Steps(starts, segments), jnp.asarray(SOURCE, jnp.int32)
         reader = Reader(*map(jnp.asarray, read)) if reads else None
@@ -120,7 +105,7 @@ def products(jaxpr: Any, times: int = 1) -> list[tuple[int, int]]:
 def test_a_step_waits_for_one_product_and_weights_get_theirs_once(mixer):
     cell, width, batch, length = CELLS[mixer], 8, 2, 16
     segments = jnp.ones((length, batch), jnp.int32)
-    steps = Steps(starts_of(segments, segments[0] * 0), segments)
+    steps = Steps(spans_of(segments.T).starts.T, segments)
     state = tuple(jnp.zeros((batch, width)) for _ in cell.states)
     inputs = jnp.zeros((length, batch, cell.num_inputs * width))
 

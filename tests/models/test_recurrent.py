@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
+from recurrences import SEGMENTS, SOURCE
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import map_cache, zeros
@@ -18,26 +20,7 @@ from transformer.models.recurrence import CELLS
 from transformer.models.recurrent import STATES, Recurrent
 from transformer.models.transformer import Transformer, apply
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations."""
-
 KINDS = ("lstm", "gru", "mingru")
-SEGMENTS = np.array(
-    [
-        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-        [0, 1, 1, 0, 1, 2, 2, 0, 0, 3],  # padding before, within, between and after
-        [4, 2, 2, 2, 2, 7, 7, 7, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    ]
-)
-SOURCE = np.array(
-    [
-        [1, 1, 1, 1, 1, 1, 1],
-        [1, 1, 3, 3, 3, 0, 0],  # nothing to read for segment 2
-        [0, 4, 2, 2, 0, 7, 7],
-        [1, 1, 1, 1, 1, 1, 1],
-    ]
-)
 
 
 def sigmoid(x):
@@ -103,13 +86,19 @@ def config_of(**changes):
     return ModelConfig(**({"width": 12, "recurrent_width": 10, "scan_layers": False} | changes))
 
 
+def drawn(module, scale=1.0, seed=0) -> Any:
+    """Random parameters."""
+    rng = np.random.default_rng(seed)
+    return map_specs(
+        lambda spec: jnp.asarray(scale * rng.standard_normal(spec.shape), jnp.float32), parameter_specs(module)
+    )
+
+
 @cache
 def layer_of(mixer, causal=True, reads_memory=False, seed=0, **changes) -> Any:
     """A layer and random parameters."""
     layer = Recurrent(config_of(**changes), LayerKind(mixer), 2, causal, reads_memory)
-    rng = np.random.default_rng(seed)
-    draw = lambda spec: jnp.asarray(0.4 * rng.standard_normal(spec.shape), jnp.float32)  # noqa: E731
-    return layer, map_specs(draw, parameter_specs(layer))
+    return layer, drawn(layer, 0.4, seed)
 
 
 def tokens_of(segments):
@@ -260,8 +249,7 @@ def pair_model(cross_attention) -> Any:
     config = dataclasses.replace(config, **layers)
     model = Transformer(config)
     rng = np.random.default_rng(0)
-    draw = lambda spec: jnp.asarray(0.3 * rng.standard_normal(spec.shape), jnp.float32)  # noqa: E731
-    params = map_specs(draw, parameter_specs(model))
+    params = drawn(model, 0.3)
     batch = {
         "inputs": rng.integers(0, 30, SEGMENTS.shape),
         "positions": np.zeros_like(SEGMENTS),
@@ -308,8 +296,7 @@ def test_a_plain_lstm_is_nothing_but_its_cells():
     layers = {"layers": "lstm/none", "norm": "none", "residuals": False, "recurrent_width": None, "num_layers": 2}
     model = Transformer(config_of(vocab_size=30, **layers))
     rng = np.random.default_rng(0)
-    draw = lambda spec: jnp.asarray(rng.standard_normal(spec.shape), jnp.float32)  # noqa: E731
-    params = map_specs(draw, parameter_specs(model))
+    params = drawn(model)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
     mixer = "decoder/layers/mixer/forward/"
     assert names == [f"{mixer}{name}" for name in ("bias", "input/kernel", "recurrent")] + ["embedding"]

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recurrences import PREVIOUS, QUICK, assert_close, random_segments
+from quick import QUICK
+from recurrences import PREVIOUS, assert_close, random_segments
 
 from transformer.config import ModelConfig
+from transformer.models.masks import Tokens
+from transformer.models.mixers import Context
 from transformer.models.parameters import bind
 from transformer.models.short_convolution import ShortConvolution, neighbours
-from transformer.models.spans import spans_of
+from transformer.models.spans import spans_in, spans_of
 
 LENGTH, CHANNELS = 23, 3
 
@@ -48,7 +51,10 @@ def test_convolution_is_the_loop_and_its_gradient(width):
     def differentiated(kernel: Any, x: Any, before: Any, ahead: Any, segments: Any) -> Any:
         spans = spans_of(segments, jnp.full(len(segments), PREVIOUS, jnp.int32))
         places = neighbours(spans, width, width - 1)
-        convolve = lambda kernel, x: bind(module, {"kernel": kernel})(x, spans, places, before)  # noqa: E731
+
+        def convolve(kernel: Any, x: Any) -> Any:
+            return bind(module, {"kernel": kernel})(x, spans, places, before)
+
         output, backward, tail = jax.vjp(convolve, kernel, x, has_aux=True)
         return output, tail, backward(ahead)
 
@@ -65,14 +71,16 @@ def test_pieces_with_a_cache_give_the_whole():
     module = bind(ShortConvolution(ModelConfig(), CHANNELS, "heads"), {"kernel": kernel})
 
     @jax.jit
-    def run(x: Any, segments: Any, previous: Any, before: Any) -> Any:
-        spans = spans_of(segments, previous)
-        return *module(x, spans, neighbours(spans, 4, 3), before), spans.segment
+    def run(x: Any, new: Tokens, columns: Tokens, start: Any, before: Any) -> Any:
+        spans = spans_in(Context(new, columns, start))
+        return module(x, spans, neighbours(spans, 4, 3), before)
 
     spans = spans_of(segments)
     expected, _ = module(x, spans, neighbours(spans, 4, 0))
-    tail, previous, pieces = jnp.zeros((3, 3, CHANNELS)), jnp.zeros(3, jnp.int32), []
+    columns = Tokens(segments * 0, segments)
+    tail, pieces = jnp.zeros((3, 3, CHANNELS)), []
     for start, stop in [(0, 2), (2, 9), *((t, t + 1) for t in range(9, 16)), (16, 23)]:
-        output, tail, previous = run(x[:, start:stop], segments[:, start:stop], previous, tail)
+        new = jax.tree.map(lambda array, some=slice(start, stop): array[:, some], columns)
+        output, tail = run(x[:, start:stop], new, columns, start, tail)
         pieces.append(output)
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, rtol=1e-6, atol=1e-6)

@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models import blocks, dot_product, transformer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
 from transformer.objectives.cross_entropy import softmax_cross_entropy
-
-# Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from transformer.config import Config, ConfigError, problems_of, replace
 from transformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
@@ -16,8 +17,6 @@ from transformer.objectives import mixture_of_denoisers as mixture
 from transformer.objectives.objective import ExampleMaker
 from transformer.training.step import make_gradient
 
-# Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
-QUICK = {"xla_backend_optimization_level": 0}
 TOKENIZER = ByteTokenizer()
 TEXT = ("fill_in_the_middle", "masked_lm", "mixture_of_denoisers", "multi_token", "prefix_lm", "span_corruption")
 NEEDS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import get_args
 
-from transformer.config.model import LayerKind, LinearMixer, Mixer, ModelConfig
+from transformer.config.model import RECURRENT, LayerKind, LinearMixer, Mixer, ModelConfig
 from transformer.config.schema import Config
 
 _WITH_KEYS = ("attention", "latent_attention")
@@ -19,12 +19,15 @@ def problems_of_kinds(
             yield f"{label}: only attention has keys that a pattern such as {kind.pattern} leaves out, not {kind.mixer}"
     if model.positions in ("alibi", "relative") and not any(kind.mixer in _WITH_KEYS for kind in kinds):
         yield f"{label}: model.positions = {model.positions!r} is a bias of attention, and no layer has attention"
+    for mixer in dict.fromkeys(kind.mixer for kind in kinds):
+        if mixer in (*get_args(LinearMixer), *RECURRENT) and config.objective.name == "prefix_lm":
+            yield f"{label}: {mixer} cannot see a prefix both ways, as objective.name = 'prefix_lm' asks"
     if any(kind.feedforward == "experts" for kind in kinds):
         yield from _expert_problems(model, label, is_decoder)
     if any(kind.mixer == "latent_attention" for kind in kinds):
         yield from _latent_problems(model, label)
     for mixer in dict.fromkeys(kind.mixer for kind in kinds if kind.mixer in get_args(LinearMixer)):
-        yield from _linear_problems(config, label, mixer, is_encoder)
+        yield from _linear_problems(model, label, mixer, is_encoder)
 
 
 def _expert_problems(model: ModelConfig, label: str, is_decoder: bool) -> Iterator[str]:
@@ -47,13 +50,24 @@ def _latent_problems(model: ModelConfig, label: str) -> Iterator[str]:
         yield f"model.rotary_head_width = {model.rotary_head_width}: must be even, for rotary positions turn pairs"
 
 
-def _linear_problems(config: Config, label: str, mixer: str, is_encoder: bool) -> Iterator[str]:
-    model = config.model
+def _linear_problems(model: ModelConfig, label: str, mixer: str, is_encoder: bool) -> Iterator[str]:
     if is_encoder:
         advice = "an encoder needs attention (model.encoder_layers has its own layers)"
         yield f"{label}: {mixer} sees only what came before; {advice}"
-    if config.objective.name == "prefix_lm":
-        yield f"{label}: {mixer} cannot see a prefix both ways, as objective.name = 'prefix_lm' asks"
     if mixer == "retention" and model.positions == "rotary" and model.state_dim % 2:
         odd = f"{model.state_dim} (model.state_width, or the head's width)"
         yield f"{label}: model.positions = 'rotary' turns pairs of a key's dimensions, of which there are {odd}"
+
+
+def recurrent_problems(model: ModelConfig, own: set[str], encoder: set[str]) -> Iterator[str]:
+    """Yields a sentence for each mistake of a network with these mixers, itself and in its encoder."""
+    both = model.architecture == "encoder_decoder"
+    cross = f"model.cross_attention = {model.cross_attention!r}"
+    if model.cross_attention != "attention" and not both:
+        yield f"{cross}: only model.architecture = 'encoder_decoder' reads an encoder, not {model.architecture!r}"
+    elif model.cross_attention == "bahdanau" and own and not own & {"lstm", "gru"}:
+        reason = "it is part of the steps of lstm and gru, of which there is none"
+        yield f"{cross}: {reason} in model.layers = {model.layers!r}"
+    if model.architecture != "decoder" and encoder & set(RECURRENT) and model.recurrent_dim % 2:
+        key = "width" if model.recurrent_width is None else "recurrent_width"
+        yield f"model.{key} = {model.recurrent_dim}: must be even, for half of an encoder's recurrent state goes each way"

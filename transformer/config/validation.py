@@ -4,12 +4,13 @@ import importlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 from transformer.config.model import (
     RECURRENT,
     FeedForwardKind,
     Mixer,
+    ModelConfig,
     Pattern,
     parse_layers,
 )
@@ -176,12 +177,11 @@ def _recall_problems(config: Config) -> Iterator[str]:
 
 def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
     model, heads = config.model, f"model.num_heads = {config.model.num_heads}"
-    is_recurrent = any(name in f"{model.layers} {model.encoder_layers}" for name in RECURRENT)
-    rules: Any = None
-    if is_recurrent or model.cross_attention != "attention":
-        rules = importlib.import_module("transformer.config.recurrent")
-        yield from rules.recurrent_problems(config)
-    if model.num_heads > 0 and (rules is None or rules.has_heads(model)):
+    own, encoder = _mixers(model)
+    if (own | encoder) & set(RECURRENT) or model.cross_attention != "attention":
+        yield from importlib.import_module("transformer.config.kinds").recurrent_problems(model, own, encoder)
+    reads = model.architecture == "encoder_decoder" and model.cross_attention == "attention"
+    if model.num_heads > 0 and (reads or not own or not own | encoder <= set(RECURRENT)):
         if model.head_width is None and model.width % model.num_heads:
             yield f"model.width = {model.width} is not divisible by {heads}: change one, or set model.head_width"
         elif model.positions == "rotary" and model.head_dim % 2:
@@ -201,6 +201,14 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
     length, rows = config.data.sequence_length, model.num_positions
     if model.positions == "learned" and rows is not None and rows < length:
         yield f"data.sequence_length = {length} is longer than model.num_positions = {rows}"
+
+
+def _mixers(model: ModelConfig) -> tuple[set[str], set[str]]:
+    """Returns the mixers of the stack and of its encoder, or of itself; none of a pattern that cannot be read."""
+    try:
+        return {kind.mixer for kind in model.kinds}, {kind.mixer for kind in model.encoder_kinds}
+    except ValueError:
+        return set(), set()
 
 
 def _layer_problems(config: Config) -> Iterator[str]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
-from transformer.models.cache import Cache, CacheSpec, read, write
+from transformer.models.cache import Cache, CacheSpec, keep_memory, read, write
 from transformer.models.dot_product import attend
 from transformer.models.layers import Linear, Norm, residual_scale
 from transformer.models.masks import Mask, Tokens
@@ -50,9 +50,10 @@ class Heads(nnx.Module):
         self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
         self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale(config, num_layers))
 
-    def keys_and_values(self, x: Float[Array, "B S D"]) -> list[Float[Array, "B S K H"]]:
+    def keys_and_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Returns the key and the value of every token and head."""
-        return [split_heads(linear(x), self.config.kv_heads, "kv_heads") for linear in (self.key, self.value)]
+        key, value = (split_heads(linear(x), self.config.kv_heads, "kv_heads") for linear in (self.key, self.value))
+        return key, value
 
     def attended(
         self, query: Array, key: Array, value: Array, mask: Mask, bias: Bias | None = None
@@ -176,13 +177,8 @@ class CrossAttention(Heads):
         memory = context.memory
         assert memory is not None
         query = split_heads(self.query(x), self.config.num_heads, "heads")
-        if memory.hidden is None:
-            assert cache is not None
-            key, value = read(cache["key"], layer), read(cache["value"], layer)
-        else:
-            key, value = self.keys_and_values(memory.hidden)
-            if cache is not None:
-                cache = {"key": write(cache["key"], layer, key), "value": write(cache["value"], layer, value)}
+        made = None if memory.hidden is None else self.keys_and_values(memory.hidden)
+        cache, (key, value) = keep_memory(cache, layer, made)
         mask = Mask(context.tokens, memory.tokens, causal=False, aligned=False)
         return self.attended(query, key, value, mask), cache
 

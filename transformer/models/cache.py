@@ -45,3 +45,15 @@ def write(array: jax.Array, layer: Any, value: jax.Array, column: Any = None) ->
     """Returns an array [L, B, ...] with `value` [B, ...] in one layer; with `column`, from that one [L, B, S, ...] on."""
     starts = (layer, 0, *([0] * (value.ndim - 1))) if column is None else (layer, 0, column, *([0] * (value.ndim - 2)))
     return jax.lax.dynamic_update_slice(array, value[None].astype(array.dtype), starts)
+
+
+def keep_memory(
+    cache: Cache | None, layer: Any, made: tuple[jax.Array, jax.Array] | None
+) -> tuple[Cache | None, tuple[jax.Array, jax.Array]]:
+    """Returns the keys and values of what a decoder reads: those just made, which go into a cache, or None and its own."""
+    if made is None:
+        assert cache is not None
+        return cache, (read(cache["key"], layer), read(cache["value"], layer))
+    if cache is not None:
+        cache = cache | {name: write(cache[name], layer, x) for name, x in zip(("key", "value"), made, strict=True)}
+    return cache, made

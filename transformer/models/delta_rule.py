@@ -4,15 +4,13 @@ A key's old value is taken out of the state before the new one is put in (Schlag
 decay alpha, Yang et al. 2024, arXiv:2412.06464). Three forms that give the same values and gradients; states are float32.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.config import ModelConfig
 from transformer.models.decay import cumulative, masked, within_spans
-from transformer.models.linear_recurrence import Result, empty_state
+from transformer.models.linear_recurrence import Result, empty_state, in_form
 from transformer.models.spans import Spans, chunk_masks, in_chunks, out_of_chunks
 from transformer.models.triangular import unit_lower_inverse
 
@@ -24,8 +22,7 @@ def recurrent(
     log_decay: Float[Array, "B T N"],
     beta: Float[Array, "B T N"],
     spans: Spans,
-    state: Float[Array, "B N H P"] | None = None,
-    chunk_length: int = 1,
+    state: Float[Array, "B N H P"] | None,
 ) -> Result:
     """Goes from token to token."""
     state = empty_state(key, value) if state is None else state
@@ -44,20 +41,6 @@ def recurrent(
     return jnp.moveaxis(output, 0, 1), state
 
 
-def parallel(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N P"],
-    log_decay: Float[Array, "B T N"],
-    beta: Float[Array, "B T N"],
-    spans: Spans,
-    state: Float[Array, "B N H P"] | None = None,
-    chunk_length: int = 1,
-) -> Result:
-    """Solves one triangular system over all tokens."""
-    return chunkwise(query, key, value, log_decay, beta, spans, state, query.shape[1])
-
-
 def chunkwise(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T N H"],
@@ -65,8 +48,8 @@ def chunkwise(
     log_decay: Float[Array, "B T N"],
     beta: Float[Array, "B T N"],
     spans: Spans,
-    state: Float[Array, "B N H P"] | None = None,
-    chunk_length: int = 64,
+    state: Float[Array, "B N H P"] | None,
+    chunk_length: int,
 ) -> Result:
     """Solves triangular systems within chunks of `chunk_length` tokens, all at once, and goes from chunk to chunk by states.
 
@@ -100,9 +83,6 @@ def chunkwise(
     return out_of_chunks(output, length), state
 
 
-FORMS: dict[str, Callable[..., Result]] = {"recurrent": recurrent, "parallel": parallel, "chunkwise": chunkwise}
-
-
 def mix(
     config: ModelConfig,
     query: Float[Array, "B T N H"],
@@ -113,6 +93,5 @@ def mix(
     spans: Spans,
     state: Float[Array, "B N H P"] | None,
 ) -> Result:
-    """Runs the recurrence in the form that `config` asks for; one token always takes one step."""
-    form = FORMS["recurrent" if query.shape[1] == 1 else config.recurrence_form]
-    return form(query, key, value, log_decay, beta, spans, state, config.chunk_length)
+    """Runs the recurrence in the form that `config` asks for."""
+    return in_form(config, recurrent, chunkwise, query, key, value, log_decay, beta, spans, state)

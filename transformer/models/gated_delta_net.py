@@ -2,19 +2,17 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
-from transformer.models.attention import split_heads
 from transformer.models.cache import Cache, CacheSpec
 from transformer.models.delta_rule import mix
 from transformer.models.head_decay import HeadDecay
-from transformer.models.layers import Linear, residual_scale
-from transformer.models.linear_heads import GatedNorm, make_heads
+from transformer.models.layers import Linear
+from transformer.models.linear_heads import GatedHeads, make_heads
 from transformer.models.mixers import Context
 from transformer.models.short_convolution import ConvolvedLinear, convolve, tail_specs
-from transformer.models.state_cache import remember, resume, state_specs
+from transformer.models.state_cache import remember, resume
 
 
 def unit(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
@@ -23,20 +21,17 @@ def unit(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(GatedHeads):
     """The gated delta rule between short convolutions, and a norm with a gate (section 3.4)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
-        self.config = config
-        wide, shared = config.num_heads * config.head_dim, config.kv_heads
+        super().__init__(config, num_layers)
+        shared = config.kv_heads
         self.query = ConvolvedLinear(config, config.num_heads * config.state_dim, "heads")
         self.key = ConvolvedLinear(config, shared * config.state_dim, "kv_heads")
         self.value = ConvolvedLinear(config, shared * config.head_dim, "kv_heads")
         self.decay = HeadDecay(config)
         self.beta = Linear(config, (config.width, config.num_heads), ("embed", "heads"), bias=False)
-        self.gate = Linear(config, (config.width, wide), ("embed", "heads"))
-        self.norm = GatedNorm(config, config.head_dim)
-        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
@@ -49,9 +44,8 @@ class GatedDeltaNet(nnx.Module):
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         _, decay = self.decay(x)
         output, state = mix(config, query, key, value, decay, beta, spans, held.get("state"))
-        output = self.norm(output, split_heads(self.gate(x), config.num_heads, "heads"))
-        return self.output(output.reshape(*x.shape[:2], -1)), remember(cache, layer, spans, state=state, **tails)
+        return self.gated(output, x), remember(cache, layer, state=state, **tails)
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
-        specs = state_specs(self.config, batch_size, self.config.state_dim, self.config.head_dim)
+        specs = super().cache_specs(batch_size, length)
         return specs | tail_specs((self.query, self.key, self.value), batch_size)

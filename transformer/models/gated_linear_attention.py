@@ -2,34 +2,30 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.models.attention import split_heads
-from transformer.models.cache import Cache, CacheSpec
-from transformer.models.layers import Linear, residual_scale
-from transformer.models.linear_heads import GatedNorm, LinearHeads
+from transformer.models.cache import Cache
+from transformer.models.layers import Linear
+from transformer.models.linear_heads import GatedHeads, LinearHeads
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
-from transformer.models.state_cache import remember, resume, state_specs
+from transformer.models.state_cache import remember, resume
 
 DECAY_RANK, DECAY_TEMPERATURE = 16, 16
 """Width from which the decays are made, and the root that is taken of them: they begin near 1 (section 4.4)."""
 
 
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(GatedHeads):
     """Decays sigmoid(x W_1 W_2 + b)^(1/16) of each head's key dimensions, RMSNorm of each head, and a swish gate."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
-        self.config = config
+        super().__init__(config, num_layers)
         self.heads = LinearHeads(config)
-        wide, keys = config.num_heads * config.head_dim, config.num_heads * config.state_dim
+        keys = config.num_heads * config.state_dim
         self.decay_down = Linear(config, (config.width, DECAY_RANK), ("embed", "state"), bias=False)
         self.decay_up = Linear(config, (DECAY_RANK, keys), ("state", "heads"), DECAY_RANK**-0.5, bias=True)
-        self.gate = Linear(config, (config.width, wide), ("embed", "heads"))
-        self.norm = GatedNorm(config, config.head_dim)
-        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
@@ -41,8 +37,4 @@ class GatedLinearAttention(nnx.Module):
         decay = jax.nn.log_sigmoid(raw.astype(jnp.float32)) / DECAY_TEMPERATURE
         spans, held = resume(context, cache, layer)
         output, state = mix(config, query, key, value, decay, spans, held.get("state"))
-        output = self.norm(output, split_heads(self.gate(x), config.num_heads, "heads"))
-        return self.output(output.reshape(*x.shape[:2], -1)), remember(cache, layer, spans, state=state)
-
-    def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
-        return state_specs(self.config, batch_size, self.config.state_dim, self.config.head_dim)
+        return self.gated(output, x), remember(cache, layer, state=state)

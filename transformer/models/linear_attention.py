@@ -45,7 +45,7 @@ class LinearAttention(nnx.Module):
         summed, state = mix(self.config, query, key, value, None, spans, held.get("state"))
         output = summed[..., :-1] / (summed[..., -1:] + EPSILON)
         update = self.output(output.astype(x.dtype).reshape(*x.shape[:2], -1))
-        return update, remember(cache, layer, spans, state=state)
+        return update, remember(cache, layer, state=state)
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
         return state_specs(self.config, batch_size, self.config.state_dim, self.config.head_dim + 1)

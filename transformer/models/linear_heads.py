@@ -7,8 +7,10 @@ from jaxtyping import Array, Float
 
 from transformer.config import ModelConfig
 from transformer.models.attention import split_heads
-from transformer.models.layers import Linear
+from transformer.models.cache import CacheSpec
+from transformer.models.layers import Linear, residual_scale
 from transformer.models.parameters import ones, parameter
+from transformer.models.state_cache import state_specs
 
 
 class LinearHeads(nnx.Module):
@@ -65,3 +67,22 @@ class GatedNorm(nnx.Module):
         x = x - jnp.mean(x, axis=-1, keepdims=True) if self.centered else x
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return x * self.scale[...]
+
+
+class GatedHeads(nnx.Module):
+    """Base of mixers whose heads each read a state; a norm, a gate and a projection follow."""
+
+    def __init__(self, config: ModelConfig, num_layers: int, centered: bool = False):
+        self.config = config
+        wide = config.num_heads * config.head_dim
+        self.gate = Linear(config, (config.width, wide), ("embed", "heads"))
+        self.norm = GatedNorm(config, config.head_dim, centered)
+        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
+
+    def gated(self, found: Float[Array, "B T N P"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns what the layer gives out for what its heads read."""
+        found = self.norm(found, split_heads(self.gate(x), self.config.num_heads, "heads"))
+        return self.output(found.reshape(*x.shape[:2], -1))
+
+    def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
+        return state_specs(self.config, batch_size, self.config.state_dim, self.config.head_dim)

@@ -5,6 +5,7 @@ gradients; states are float32.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ DIRECT = 8
 Decay = Float[Array, "B T N"] | Float[Array, "B T N H"] | None
 Result = tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]
 """Outputs, zero for padding, and the last state."""
+Form = Callable[..., Result]
 
 
 def recurrent(
@@ -28,8 +30,7 @@ def recurrent(
     value: Float[Array, "B T N P"],
     log_decay: Decay,
     spans: Spans,
-    state: Float[Array, "B N H P"] | None = None,
-    chunk_length: int = 1,
+    state: Float[Array, "B N H P"] | None,
 ) -> Result:
     """Goes from token to token."""
     state = empty_state(key, value) if state is None else state
@@ -48,27 +49,14 @@ def recurrent(
     return jnp.moveaxis(output, 0, 1), state
 
 
-def parallel(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T N H"],
-    value: Float[Array, "B T N P"],
-    log_decay: Decay,
-    spans: Spans,
-    state: Float[Array, "B N H P"] | None = None,
-    chunk_length: int = 1,
-) -> Result:
-    """Computes every pair of tokens, as attention does."""
-    return chunkwise(query, key, value, log_decay, spans, state, query.shape[1])
-
-
 def chunkwise(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T N H"],
     value: Float[Array, "B T N P"],
     log_decay: Decay,
     spans: Spans,
-    state: Float[Array, "B N H P"] | None = None,
-    chunk_length: int = 64,
+    state: Float[Array, "B N H P"] | None,
+    chunk_length: int,
 ) -> Result:
     """Computes pairs within chunks of `chunk_length` tokens, all chunks at once, and goes from chunk to chunk by states.
 
@@ -142,9 +130,6 @@ def _direct_scores(query: Array, key: Array, total: LogDecay) -> Array:
     return jnp.sum(query[..., :, None, :] * key[..., None, :, :] * factor, axis=-1)
 
 
-FORMS: dict[str, Callable[..., Result]] = {"recurrent": recurrent, "parallel": parallel, "chunkwise": chunkwise}
-
-
 def mix(
     config: ModelConfig,
     query: Float[Array, "B T N H"],
@@ -154,9 +139,17 @@ def mix(
     spans: Spans,
     state: Float[Array, "B N H P"] | None,
 ) -> Result:
-    """Runs the recurrence in the form that `config` asks for; one token always takes one step."""
-    form = FORMS["recurrent" if query.shape[1] == 1 else config.recurrence_form]
-    return form(query, key, value, log_decay, spans, state, config.chunk_length)
+    """Runs the recurrence in the form that `config` asks for."""
+    return in_form(config, recurrent, chunkwise, query, key, value, log_decay, spans, state)
+
+
+def in_form(config: ModelConfig, recurrent: Form, chunkwise: Form, query: Array, *others: Any) -> Result:
+    """Runs a recurrence token by token, by chunks, or, `parallel`, as one chunk, which computes every pair of tokens as
+    attention does. One token always takes one step."""
+    length = query.shape[1]
+    if length == 1 or config.recurrence_form == "recurrent":
+        return recurrent(query, *others)
+    return chunkwise(query, *others, length if config.recurrence_form == "parallel" else config.chunk_length)
 
 
 def empty_state(key: Float[Array, "B T N H"], value: Float[Array, "B T N P"]) -> Float[Array, "B N H P"]:

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig
-from transformer.models.cache import Cache, CacheSpec, read, write
+from transformer.models.cache import Cache, CacheSpec, keep_memory
 from transformer.models.dot_product import attend
 from transformer.models.layers import Linear
 from transformer.models.masks import Mask
@@ -33,13 +33,8 @@ class LuongAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config, memory = self.config, context.memory
         assert memory is not None
-        if memory.hidden is None:
-            assert cache is not None
-            key, value = read(cache["key"], layer), read(cache["value"], layer)
-        else:
-            key, value = self.key(memory.hidden), memory.hidden
-            if cache is not None:
-                cache = {"key": write(cache["key"], layer, key), "value": write(cache["value"], layer, value)}
+        made = None if memory.hidden is None else (self.key(memory.hidden), memory.hidden)
+        cache, (key, value) = keep_memory(cache, layer, made)
         mask = Mask(context.tokens, memory.tokens, causal=False, aligned=False)
         query, key, value = (array[:, :, None] for array in (x, key, value))  # one head
         scale = (

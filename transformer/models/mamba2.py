@@ -57,7 +57,7 @@ class Mamba2(nnx.Module):
         output = output + self.skip[...][:, None] * value
         gated = output.reshape(*x.shape[:2], -1) * jax.nn.silu(self.gate(x).astype(jnp.float32))
         update = self.output(self.norm.normalize(gated).astype(x.dtype))
-        return update, remember(cache, layer, spans, state=state, **tails)
+        return update, remember(cache, layer, state=state, **tails)
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
         specs = state_specs(self.config, batch_size, self.config.state_dim, self.config.head_dim)

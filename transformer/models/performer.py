@@ -8,15 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from transformer.config import LayerKind, ModelConfig
 from transformer.models.attention import attention_scale
 from transformer.models.cache import Cache, CacheSpec
-from transformer.models.layers import Linear, residual_scale
-from transformer.models.linear_attention import with_ones
-from transformer.models.linear_heads import LinearHeads
+from transformer.models.linear_attention import LinearAttention, with_ones
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
 from transformer.models.spans import Spans
@@ -44,14 +40,8 @@ def projections(num_heads: int, num_features: int, width: int) -> Float[np.ndarr
     return (rows * norms)[:, :num_features].astype(np.float32)
 
 
-class Performer(nnx.Module):
+class Performer(LinearAttention):
     """Softmax attention, its weights exp(q k) being estimated by phi(q) phi(k), phi_m(x) = exp(w_m x - |x|^2 / 2)."""
-
-    def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
-        self.config = config
-        self.heads = LinearHeads(config)
-        wide = config.num_heads * config.head_dim
-        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
@@ -67,7 +57,7 @@ class Performer(nnx.Module):
         # Nothing but padding sees nothing.
         output = summed[..., :-1] / jnp.where(spans.is_token[:, :, None, None], summed[..., -1:], 1.0)
         update = self.output(output.astype(x.dtype).reshape(*x.shape[:2], -1))
-        return update, remember(cache, layer, spans, state=state, peak=peak[:, -1])
+        return update, remember(cache, layer, state=state, peak=peak[:, -1])
 
     def _exponents(self, x: Float[Array, "B T N H"], is_key: bool = False) -> Float[Array, "B T N M"]:
         """Returns the logarithms of the features, of a query up to a number of its own."""

@@ -73,13 +73,6 @@ class Reader(NamedTuple):
     values: Float[Array, "B S D"]
 
 
-def starts_of(segment_ids: Int[Array, "T B"], before: Int[Array, "B"]) -> Bool[Array, "T B"]:
-    """Returns which tokens are the first of their segment; `before` is the segment of the last token before, or 0."""
-    known = jnp.concatenate([before[None], segment_ids[:-1]])
-    places = jax.lax.cummax(jnp.where(known != 0, jnp.arange(len(known))[:, None], 0), axis=0)
-    return (segment_ids != 0) & (segment_ids != jnp.take_along_axis(known, places, axis=0))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def recurrence(
     cell: Cell,

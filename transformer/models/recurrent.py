@@ -8,12 +8,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
-from transformer.models.cache import Cache, CacheSpec, read, write
+from transformer.models.cache import Cache, CacheSpec, keep_memory, read, write
 from transformer.models.elementwise_recurrence import min_gru
 from transformer.models.layers import Linear
 from transformer.models.mixers import Context
 from transformer.models.parameters import Initializer, normal, parameter
-from transformer.models.recurrence import CELLS, Reader, State, Steps, recurrence, starts_of
+from transformer.models.recurrence import CELLS, Reader, State, Steps, recurrence
+from transformer.models.spans import spans_in, spans_of
 from transformer.parallel.sharding import constrain
 
 STATES = {name: cell.states for name, cell in CELLS.items()} | {"mingru": ("hidden",)}
@@ -96,13 +97,13 @@ class Recurrent(nnx.Module):
             assert context.memory is not None
             reader, cache = self._reader(self.reading, context, cache, layer)
             source = context.memory.tokens.segment_ids
-        steps = Steps(starts_of(segments, _segment_before(context)), segments)
+        steps = Steps(spans_in(context).starts.T, segments)
         last, hidden, found = self._run(self.forward, False, inputs, state, steps, reader, source)
         parts = [hidden] if found is None else [hidden, found]
         if cache is not None:
             cache = cache | {name: write(cache[name], layer, new) for name, new in zip(names, last, strict=True)}
         if self.backward is not None:
-            steps = Steps(starts_of(segments[::-1], jnp.zeros_like(segments[0]))[::-1], segments)
+            steps = Steps(spans_of(segments[::-1].T).starts.T[::-1], segments)
             parts.append(self._run(self.backward, True, inputs, state, steps, None, None)[1])
         output = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else hidden
         output = jnp.where(segments[:, :, None] != 0, output, 0).astype(x.dtype).swapaxes(0, 1)
@@ -134,13 +135,8 @@ class Recurrent(nnx.Module):
         """Returns what the loop reads, and the cache with what of it is the same in every step."""
         memory = context.memory
         assert memory is not None
-        if memory.hidden is None:
-            assert cache is not None
-            keys, values = read(cache["key"], layer), read(cache["value"], layer)
-        else:
-            keys, values = weights.key(memory.hidden), memory.hidden
-            if cache is not None:
-                cache = cache | {"key": write(cache["key"], layer, keys), "value": write(cache["value"], layer, values)}
+        made = None if memory.hidden is None else (weights.key(memory.hidden), memory.hidden)
+        cache, (keys, values) = keep_memory(cache, layer, made)
         query, into = (
             constrain(weight[...].astype(keys.dtype), "hidden", "state") for weight in (weights.query, weights.context)
         )
@@ -155,14 +151,3 @@ class Recurrent(nnx.Module):
                 shape, axes = (batch_size, source_length, width), ("batch", "length", "state")
                 specs[name] = CacheSpec(shape, axes, config.compute_dtype)
         return specs
-
-
-def _segment_before(context: Context) -> Int[Array, "B"]:
-    """Returns the segment of the last token in the cache before the new ones; 0: there is none."""
-    segments = context.columns.segment_ids
-    if context.index is None:
-        return jnp.zeros_like(segments[:, 0])
-    columns = jnp.arange(segments.shape[1])
-    last = jnp.max(jnp.where((segments != 0) & (columns < context.index), columns, -1), axis=1, keepdims=True)
-    found = jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
-    return jnp.where(last < 0, 0, found)[:, 0]

@@ -2,18 +2,15 @@
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
-from transformer.models.attention import split_heads
-from transformer.models.cache import Cache, CacheSpec
-from transformer.models.layers import Linear, residual_scale
-from transformer.models.linear_heads import GatedNorm, LinearHeads
+from transformer.models.cache import Cache
+from transformer.models.linear_heads import GatedHeads, LinearHeads
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
 from transformer.models.positions import rotary_angles, rotate
-from transformer.models.state_cache import remember, resume, state_specs
+from transformer.models.state_cache import remember, resume
 
 
 def retention_log_decays(num_heads: int) -> Float[np.ndarray, "N"]:
@@ -21,16 +18,12 @@ def retention_log_decays(num_heads: int) -> Float[np.ndarray, "N"]:
     return np.log1p(-(2.0 ** (-5.0 - np.arange(num_heads)))).astype(np.float32)
 
 
-class Retention(nnx.Module):
+class Retention(GatedHeads):
     """Queries and keys turned by rotary positions, a decay for each head, group norm and a swish gate (section 2.3)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
-        self.config = config
+        super().__init__(config, num_layers, centered=True)
         self.heads = LinearHeads(config)
-        wide = config.num_heads * config.head_dim
-        self.gate = Linear(config, (config.width, wide), ("embed", "heads"))
-        self.norm = GatedNorm(config, config.head_dim, centered=True)
-        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
@@ -44,8 +37,4 @@ class Retention(nnx.Module):
         decay = jnp.broadcast_to(retention_log_decays(config.num_heads), key.shape[:3])
         spans, held = resume(context, cache, layer)
         output, state = mix(config, query, key, value, decay, spans, held.get("state"))
-        output = self.norm(output, split_heads(self.gate(x), config.num_heads, "heads"))
-        return self.output(output.reshape(*x.shape[:2], -1)), remember(cache, layer, spans, state=state)
-
-    def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
-        return state_specs(self.config, batch_size, self.config.state_dim, self.config.head_dim)
+        return self.gated(output, x), remember(cache, layer, state=state)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from transformer.models.mixers import Context
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -17,8 +19,6 @@ class Spans:
     is_token: Bool[Array, "B T"]
     number: Int[Array, "B T"]
     """Counts spans along a row; 0: what continues the state that there was before."""
-    segment: Int[Array, "B"]
-    """Segment of the row's last token, so that the next call can tell whether it continues."""
 
     @property
     def starts(self) -> Bool[Array, "B T"]:
@@ -26,7 +26,7 @@ class Spans:
         return self.number != jnp.pad(self.number, ((0, 0), (1, 0)))[:, :-1]
 
 
-jax.tree_util.register_dataclass(Spans, ["is_token", "number", "segment"], [])
+jax.tree_util.register_dataclass(Spans, ["is_token", "number"], [])
 
 
 def spans_of(segment_ids: Int[Array, "B T"], previous: Int[Array, "B"] | None = None) -> Spans:
@@ -41,7 +41,18 @@ def spans_of(segment_ids: Int[Array, "B T"], previous: Int[Array, "B"] | None = 
     latest = jnp.take_along_axis(known, last, axis=1)  # the segment of the last token up to each place
     is_token = segment_ids != 0
     starts = is_token & (segment_ids != latest[:, :-1])
-    return Spans(is_token, jnp.cumsum(starts, axis=1, dtype=jnp.int32), latest[:, -1])
+    return Spans(is_token, jnp.cumsum(starts, axis=1, dtype=jnp.int32))
+
+
+def spans_in(context: Context) -> Spans:
+    """Returns the spans of a pass, the first of which may continue what is in the cache."""
+    if context.index is None:
+        return spans_of(context.tokens.segment_ids)
+    segments = context.columns.segment_ids
+    columns = jnp.arange(segments.shape[1])
+    last = jnp.max(jnp.where((segments != 0) & (columns < context.index), columns, -1), axis=1, keepdims=True)
+    previous = jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
+    return spans_of(context.tokens.segment_ids, jnp.where(last < 0, 0, previous)[:, 0])
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ def muon(config: Config, specs: Tree) -> optax.GradientTransformationExtraArgs:
     direction = optax.partition({"matrices": momentum, "others": adam}, labels)
     # The largest singular value of such an update grows with the root of the width, and under muP it has to stay the
     # same between dimensions that grow alike (Yang et al. 2023, arXiv:2310.17813, condition 1).
-    width_power = lambda spec: 0.5 if is_orthogonalized(spec) else 1.0  # noqa: E731
-    return descend(direction, config, specs, width_power)
+    return descend(direction, config, specs, lambda spec: 0.5 if is_orthogonalized(spec) else 1.0)
 
 
 def is_orthogonalized(spec: ParameterSpec) -> bool:
