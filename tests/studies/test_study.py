@@ -84,6 +84,13 @@ def test_state_of_attention_is_keys_and_values_of_every_token():
         if trial.facts["mixer"] == "attention"
     }
     assert sizes == {pairs: 2 * 64 * 3 * pairs for pairs in recall.PAIRS}
+    wide = {
+        trial.name: trial.facts["state"] / sizes[trial.facts["pairs"]]
+        for trial in recall.trials(base)
+        if trial.facts["mixer"].endswith("_wide")
+    }
+    # Besides the state: sums of weights, what convolutions remember.
+    assert len(wide) == 9 and all(1 <= share < 1.2 for share in wide.values()), wide
 
 
 def test_numbers_in_tables():

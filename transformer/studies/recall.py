@@ -1,40 +1,46 @@
 """Which layers can look up what they were told: associative recall by mixer and number of pairs.
 
-Attention keeps every key and value; a recurrent layer has a state of a size that does not grow with the text, and must
-make room in it (Arora et al. 2023, arXiv:2312.04927).
+Attention keeps every key and value; a layer with a state has to make room in one that does not grow with the text (Arora
+et al. 2023, arXiv:2312.04927).
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from transformer.config import Config, replace
-from transformer.config.model import Mixer
+from transformer.config import RECURRENT, Config, replace
+from transformer.config.model import LinearMixer, Mixer
 from transformer.studies.study import Outcome, Study, Trial, by_trial, spread, table
 
-PAIRS = (4, 8, 16)
+PAIRS = (4, 16, 64)
 
 
 def trials(base: Config) -> list[Trial]:
-    """Returns every mixer with every number of pairs, in models of the recipe's width and depth."""
-    made = []
-    for mixer in get_args(Mixer):
-        for pairs in PAIRS:
-            length = 3 * pairs
-            config = replace(
-                base,
-                model={"layers": f"{mixer}/none"},
-                objective={"num_pairs": pairs},
-                data={"sequence_length": length},
-            )
-            made.append(
-                Trial(f"{mixer}_{pairs}", config, {"mixer": mixer, "pairs": pairs, "state": state_size(config)})
-            )
+    """Returns every mixer with every number of pairs, as the recipe's second layer, and some with a larger state.
+
+    Those have as large a one as attention keeps of the longest text: linear mixers of most pairs, recurrent networks of
+    fewest, for which they are already up to 24 times as wide.
+    """
+    made = [_trial(base, mixer, pairs) for mixer in get_args(Mixer) for pairs in PAIRS]
+    made += [_trial(base, mixer, max(PAIRS), state_width=6 * max(PAIRS)) for mixer in get_args(LinearMixer)]
+    kept = 6 * min(PAIRS) * base.model.width
+    for mixer in RECURRENT:
+        made.append(_trial(base, mixer, min(PAIRS), recurrent_width=kept // (2 if mixer == "lstm" else 1)))
     return made
 
 
+def _trial(base: Config, mixer: str, pairs: int, **state: int) -> Trial:
+    if mixer == "performer" and state:
+        state = {"num_features": state["state_width"]}
+    model = {"layers": f"attention.window/none+{mixer}/none"} | state
+    changes = {"objective": {"num_pairs": pairs}, "data": {"sequence_length": 3 * pairs}}
+    config = replace(base, model=model, **changes)
+    name = f"{mixer}_wide" if state else mixer
+    return Trial(f"{name}_{pairs}", config, {"mixer": name, "pairs": pairs, "state": state_size(config)})
+
+
 def state_size(config: Config) -> int:
-    """Returns how many numbers a layer remembers of a text of the full length."""
+    """Returns how many numbers the last layer remembers of a text of the full length."""
     import jax
 
     from transformer.checkpointing.run import resolve
@@ -42,7 +48,7 @@ def state_size(config: Config) -> int:
     from transformer.models.mixers import make_mixer
 
     model = resolve(config, 260).model
-    mixer = make_mixer(model, model.kinds[0], model.num_layers)
+    mixer = make_mixer(model, model.kinds[-1], model.num_layers)
     specs = mixer.cache_specs(1, config.data.sequence_length)
     leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, CacheSpec))
     return sum(math.prod(spec.shape) for spec in leaves)
@@ -57,9 +63,11 @@ def report(outcomes: Sequence[Outcome]) -> str:
         found = {group[0].facts["pairs"]: group for group in groups}
         cells = [spread([100 * o.final["accuracy"] for o in found.get(n, []) if o.final], 1) for n in pairs]
         sizes = [f"{group[0].facts['state']:,}" for group in (found[min(found)], found[max(found)])]
-        rows.append([mixer, f"{groups[-1][0].parameters:,}", " to ".join(dict.fromkeys(sizes)), *cells])
-    header = ["mixer", "parameters", "state of a layer", *(f"{n} pairs" for n in pairs)]
-    return f"Values recalled, in percent; the state in numbers, for the shortest and the longest text.\n\n{table(header, rows)}"
+        rows.append(
+            [mixer.replace("_", " "), f"{groups[-1][0].parameters:,}", " to ".join(dict.fromkeys(sizes)), *cells]
+        )
+    header = ["mixer", "parameters", "state", *(f"up to {n} pairs" for n in pairs)]
+    return f"Values recalled, in percent; the state in numbers, of the shortest and of the longest text.\n\n{table(header, rows)}"
 
 
 def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
@@ -70,9 +78,9 @@ def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
         for outcome in outcomes:
             if outcome.facts["mixer"] == mixer and outcome.final:
                 points.setdefault(outcome.facts["pairs"], []).append(100 * outcome.final["accuracy"])
-        pairs = sorted(points)
-        axes.plot(pairs, [sum(points[n]) / len(points[n]) for n in pairs], "o-", label=mixer.replace("_", " "))
-    axes.set(xlabel="pairs of key and value", ylabel="values recalled (%)")
+        pairs, style = sorted(points), "x" if mixer.endswith("wide") else "o-"
+        axes.plot(pairs, [sum(points[n]) / len(points[n]) for n in pairs], style, label=mixer.replace("_", " "))
+    axes.set(xlabel="largest number of pairs", ylabel="values recalled (%)")
     axes.set_xscale("log", base=2)
     axes.legend(frameon=False, fontsize=8)
 
