@@ -11,13 +11,13 @@ from transformer.config import Config, replace
 def get_config() -> Config:
     return replace(
         multi30k_transformer.get_config(),
-        # 7.6 million parameters, as multi30k_transformer has.
+        # 1.84 million parameters, as multi30k_transformer has.
         model={
             "layers": "gru/none",
             "num_layers": 1,
-            "num_encoder_layers": 2,
+            "num_encoder_layers": 1,
             "cross_attention": "bahdanau",
-            "recurrent_width": 640,
+            "recurrent_width": 368,
             "positions": "none",
         },
         optimizer={"learning_rate": 2e-3},

@@ -109,7 +109,6 @@ loop.Loop._settle = signalled
 """
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one(
     run_one: Callable[..., None],
     run_two: Callable[..., list[str]],

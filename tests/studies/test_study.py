@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 
 from transformer.arguments import load_config
 from transformer.config import ConfigError, problems_of, replace, to_json
 from transformer.studies import STUDIES, ablation, mup, recall
-from transformer.studies.study import Outcome, Study, Trial, run_study, spread, table
+from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread, table
 
 
 def outcome(name: str, loss: float, seed: int = 0, diverged: bool = False, **facts: object) -> Outcome:
@@ -124,3 +128,29 @@ def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, cap
     trials[0] = Trial("width_8", replace(base, model={"width": 12}), {})
     with pytest.raises(ConfigError, match="is of another configuration"):
         run_study("ablation", base, (0,), ("width_8",), directory)
+
+
+SAVES = """
+import pathlib, signal, sys, time
+ready, saved = map(pathlib.Path, sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), saved.touch(), sys.exit(143)))
+ready.touch()
+time.sleep(60)
+"""
+
+
+def test_a_signal_is_handed_on_and_waited_for(tmp_path):
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+
+    def stop() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert _run([sys.executable, "-c", SAVES, str(ready), str(saved)], dict(os.environ)) == 143
+    thread.join()
+    assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+    assert _run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ)) == 137

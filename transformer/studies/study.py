@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     program = "from transformer.cli import main; main()"
     command = [sys.executable, "-c", program, "train", "--config", str(wanted), "--workdir", str(workdir)]
     search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    status = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}).returncode
+    status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)})
     if status > 128:
         # It saved its state, and goes on when the study does.
         raise KeyboardInterrupt
@@ -117,6 +118,23 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     # What the study needs is in the record; the weights of a hundred runs would fill a disk.
     shutil.rmtree(workdir)
     wanted.unlink()
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Runs a command and returns its status; a signal to this process is the command's, which saves its state first."""
+    process = subprocess.Popen(command, env=environment)
+    # Ctrl-C reaches both, and a second signal would not let it save.
+    handlers: dict[signal.Signals, Any] = {
+        signal.SIGTERM: lambda *_: process.send_signal(signal.SIGTERM),
+        signal.SIGINT: lambda *_: None,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def _num_parameters(config: Config) -> int:
