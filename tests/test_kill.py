@@ -15,6 +15,8 @@ Make = Callable[..., Config]
 Start = Callable[..., subprocess.Popen[str]]
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
+"""As users compile: that the same program gives the same bits is a claim about theirs."""
 
 
 def last_step(workdir: Path) -> int:
@@ -64,7 +66,7 @@ def test_a_killed_run_ends_like_one_that_never_was(
     steps = iter(sorted(generator.sample(range(1, num_steps - 40), len(moments))))
     in_a_save = []
     for moment in moments:
-        process = start_training(config("killed"), killed)
+        process = start_training(config("killed"), killed, **OPTIMIZED)
         step, delay = next(steps), generator.uniform(0, 0.05)
         checkpoints = killed / "checkpoints"
         if moment == "prepare":
@@ -84,7 +86,7 @@ def test_a_killed_run_ends_like_one_that_never_was(
     assert any(in_a_save)
 
     for name, workdir in (("killed", killed), ("whole", whole)):
-        process = start_training(config(name), workdir)
+        process = start_training(config(name), workdir, **OPTIMIZED)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         print(f"{time.monotonic() - begin:.1f} s: finished {name}")

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models.spans import spans_of
@@ -130,7 +129,7 @@ def run_form(mix: Any, form: Any, case: Case, chunk_length: int) -> tuple[Any, A
         (output, last), backward = jax.vjp(lambda inputs: mix(config, **(arguments | inputs), spans=spans), inputs)
         return output, last, backward(ahead)[0]
 
-    return jax.jit(differentiated, compiler_options=QUICK)(*case)
+    return jax.jit(differentiated)(*case)
 
 
 def assert_is_the_loop(mix: Any, form: str, case: Case, chunk_length: int) -> None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models.masks import Tokens
@@ -167,7 +166,7 @@ def test_a_cache_gives_what_one_pass_gives(changes):
         outputs = apply(model, params, batch, cache=cache)
         return outputs.logits(outputs.hidden), outputs.cache
 
-    step = jax.jit(run, compiler_options=QUICK)
+    step = jax.jit(run)
     expected, _ = step(params, batch, None)
     cache = empty_cache(model, 2, LENGTH + 2, 6 if "encoder_inputs" in batch else 0)
     found, columns = [], [slice(0, 6), slice(6, 9), *(slice(t, t + 1) for t in range(9, LENGTH))]
@@ -196,7 +195,7 @@ def dependencies(model: Transformer, params: Any, batch: dict[str, jax.Array]) -
         return outputs.hidden[0]
 
     rows = jax.random.normal(jax.random.key(1), (LENGTH, 16))
-    jacobian = jax.jit(jax.jacrev(lambda rows: hidden(rows)[:, :2]), compiler_options=QUICK)(rows)
+    jacobian = jax.jit(jax.jacrev(lambda rows: hidden(rows)[:, :2]))(rows)
     return np.any(np.asarray(jacobian) != 0, axis=(1, 3))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ from transformer.parallel.sharding import make_mesh
 from transformer.training.state import TrainState, state_shardings
 from transformer.training.step import make_terms, make_train_step
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 BASE = ModelConfig(
     vocab_size=203,
     num_layers=2,
@@ -57,7 +55,7 @@ def make(config, seed=0, length=6, rows=2) -> tuple[Experts, Any, Any]:
 
 def run(config, module, params, x, segments=SEGMENTS, index=None) -> tuple[Any, Any]:
     causal = config.routing == "token_choice"
-    forward = jax.jit(lambda p, x: bind(module, p)(x, context_of(segments, index, causal)), compiler_options=QUICK)
+    forward = jax.jit(lambda p, x: bind(module, p)(x, context_of(segments, index, causal)))
     return forward(params, x)
 
 
@@ -163,7 +161,7 @@ def test_values_and_gradients_are_those_of_a_loop_over_experts(changes, monkeypa
         y, auxiliary = bind(module, params)(x, context_of(SEGMENTS))
         return jnp.sum(y * ahead), (y, auxiliary)
 
-    differentiated = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), compiler_options=QUICK)
+    differentiated = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
     (_, (actual, auxiliary)), gradients = differentiated(params, x)
     double, inputs = in_double((params, x))
     expected, dropped = reference(config, double, inputs)
@@ -257,7 +255,7 @@ def test_no_token_depends_on_later_ones(capacity):
     module, params, x = make(config, length=12)
     segments = np.ones((2, 12), np.int32)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def differentiated(x):
         y, backward = jax.vjp(lambda x: bind(module, params)(x, context_of(segments))[0], x)
         return y, backward(jnp.zeros_like(y).at[:, 5].set(1.0))[0]
@@ -288,7 +286,7 @@ def test_packing_changes_nothing_when_dropless(tiny_config):
         for name, values in document.items():
             packed[name][0, start : start + length] = alone[name][row, :length] = values
         start += length
-    hidden = jax.jit(lambda batch: apply(model, params, batch).hidden, compiler_options=QUICK)
+    hidden = jax.jit(lambda batch: apply(model, params, batch).hidden)
     together, apart = (np.asarray(hidden(batch)) for batch in (packed, alone))
     start = 0
     for row, length in enumerate(lengths):
@@ -308,7 +306,7 @@ def begin(config, mesh=None) -> tuple[Any, Any, TrainState]:
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
     layout = None if mesh is None else state_shardings(model, optimizer, mesh)
     state = state if mesh is None else jax.device_put(state, layout)
-    return model, jax.jit(make_train_step(config, model, optimizer, layout), compiler_options=QUICK), state
+    return model, jax.jit(make_train_step(config, model, optimizer, layout)), state
 
 
 def distance(actual: Any, expected: Any) -> float:

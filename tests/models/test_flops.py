@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.config.model import LinearMixer
@@ -135,7 +134,7 @@ def test_count_is_that_of_the_compiled_program(changes):
     params = abstract_parameters(model)
 
     def compiled(function) -> Any:
-        return jax.jit(function, compiler_options=QUICK).lower(params, batch).compile().as_text()
+        return jax.jit(function).lower(params, batch).compile().as_text()
 
     parts = forward_flops(config, length, source)
     expected = rows * sum(value for name, value in parts.items() if name != "attention_scores_causal")
@@ -156,7 +155,7 @@ def test_a_mixer_with_a_state_counts_as_it_compiles(name):
         return bind(mixer, params)(x, context, None, 0)[0]
 
     x = jax.ShapeDtypeStruct((rows, length, 64), jnp.float32)
-    lowered: Any = jax.jit(run, compiler_options=QUICK).lower(abstract_parameters(mixer), x)
+    lowered: Any = jax.jit(run).lower(abstract_parameters(mixer), x)
     expected = sum(linear_mixer_flops(config, name, length).values())
     if name == "gated_linear_attention":
         # Of a chunk's pairs, those between halves are products; those within eight tokens are computed one by one.

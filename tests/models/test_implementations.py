@@ -24,7 +24,6 @@ from transformer.models.dot_product import attend, dot_product_attention, kinds
 from transformer.models.masks import Mask, Tokens
 from transformer.models.patterns import Pattern
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 LENGTH, HEADS, KV_HEADS, WIDTH = 33, 4, 2, 8
 VALUE_WIDTH = {name: 2 * WIDTH if it.other_values else WIDTH for name, it in IMPLEMENTATIONS.items()}
 XLA_ATTENTION = jax.nn.dot_product_attention
@@ -207,7 +206,7 @@ def results(name: str, dtype: str, chosen: tuple[str, ...]) -> Any:
     inputs = {
         label: (arrays(CASES[label], dtype, VALUE_WIDTH[name]), options_for(name, CASES[label])[0]) for label in chosen
     }
-    return jax.jit(compute, compiler_options=QUICK)(inputs)
+    return jax.jit(compute)(inputs)
 
 
 def check(name: str, label: str, found: list[Any], dtype: str, tolerance: float) -> None:
@@ -254,9 +253,7 @@ def compiled_memory(function: Any, length: int) -> int:
         tokens = Tokens(places, places)
         return jnp.sum(function(query, key, value, Mask(tokens, tokens)) ** 2)
 
-    compiled = (
-        jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=QUICK).lower(query, key, key, places).compile()
-    )
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(query, key, key, places).compile()
     analysis: Any = compiled.memory_analysis()
     return analysis.temp_size_in_bytes
 
@@ -393,7 +390,7 @@ def test_kernels_run_on_each_devices_rows_and_heads(tensor: int) -> None:
     query, key, value, _ = arrays(case, "float32")
     mesh = jax.make_mesh((8 // tensor, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        program = jax.jit(partial(kernels.cudnn, mask=case.mask), compiler_options=QUICK)
+        program = jax.jit(partial(kernels.cudnn, mask=case.mask))
         compiled = program.lower(query, key, value).compile()
         output = compiled(query, key, value)
     alone = dot_product_attention(query, key, value, case.mask)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models.cache import map_cache, zeros
@@ -31,9 +30,7 @@ def build(**changes):
 
 
 def run(layer):
-    return jax.jit(
-        lambda params, x, context, cache=None: bind(layer, params)(x, context, cache, 1), compiler_options=QUICK
-    )
+    return jax.jit(lambda params, x, context, cache=None: bind(layer, params)(x, context, cache, 1))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mixer_references import REFERENCES
-from quick import QUICK
 from recurrences import assert_close
 
 from transformer.config import LayerKind, ModelConfig
@@ -79,7 +78,7 @@ def differentiated(name: str, form: str, length: int) -> Any:
         return y, backward(jnp.where((segments != 0)[:, :, None], ahead, 0))
 
     shape = jax.ShapeDtypeStruct((3, length, CONFIG.width), jnp.float32)
-    return jax.jit(run, compiler_options=QUICK).lower(abstract_parameters(mixer), shape, shape)
+    return jax.jit(run).lower(abstract_parameters(mixer), shape, shape)
 
 
 def expected_output(name: str, x: np.ndarray) -> np.ndarray:

@@ -1,14 +1,13 @@
 """Recurrent layers against loops over single tokens in double precision: segments, directions, what is read, caches."""
 
 import dataclasses
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import QUICK
 from recurrences import SEGMENTS, SOURCE
 
 from transformer.config import LayerKind, ModelConfig
@@ -118,7 +117,7 @@ def random(*shape, seed=1) -> Any:
 
 @cache
 def forward_of(layer) -> Any:
-    return jax.jit(lambda params, x, context: bind(layer, params)(x, context, None, 0)[0], compiler_options=QUICK)
+    return jax.jit(lambda params, x, context: bind(layer, params)(x, context, None, 0)[0])
 
 
 def close(actual, expected, tolerance=2e-6):
@@ -159,9 +158,7 @@ def test_gradients_stay_finite_where_gates_saturate_and_rows_are_empty(mixer):
     def loss(params, x):
         return jnp.sum(jnp.square(bind(layer, params)(x, context, None, 0)[0]))
 
-    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), compiler_options=QUICK)(
-        params, 1e3 * random(*SEGMENTS.shape, 12)
-    )
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, 1e3 * random(*SEGMENTS.shape, 12))
     assert np.isfinite(value) and value > 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
     assert np.all(np.asarray(gradients[1])[SEGMENTS == 0] == 0)
@@ -180,7 +177,7 @@ def test_what_an_output_depends_on(mixer, causal, reads):
     def output_of(params, x):
         return bind(layer, params)(x, context, None, 0)[0]
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def influence(params, x):
         def of_token(t):
             return jax.grad(lambda x: jnp.sum(jnp.sin(output_of(params, x)[:, t])))(x)
@@ -208,9 +205,7 @@ def test_decoding_gives_what_one_pass_gives(mixer, reads):
     assert {name: spec.shape for name, spec in specs.items()} == (
         {name: (4, 10) for name in STATES[mixer]} | ({"key": (4, 7, 10), "value": (4, 7, 12)} if reads else {})
     )
-    advance = jax.jit(
-        lambda params, x, context, cache: bind(layer, params)(x, context, cache, 1), compiler_options=QUICK
-    )
+    advance = jax.jit(lambda params, x, context, cache: bind(layer, params)(x, context, cache, 1))
     for calls in CALLS.values():
         cache = zeros(map_cache(lambda spec: spec.stacked(2), specs))
         columns, outputs, at = np.zeros_like(SEGMENTS), [], 0
@@ -229,7 +224,7 @@ def test_decoding_gives_what_one_pass_gives(mixer, reads):
 @pytest.mark.parametrize("mixer", KINDS)
 def test_gates_that_keep_start_open_and_recurrent_matrices_orthogonal(mixer):
     layer = Recurrent(config_of(), LayerKind(mixer), 2, True, False)
-    params = jax.jit(lambda: init_parameters(layer, jax.random.key(0)), compiler_options=QUICK)()["forward"]
+    params = jax.jit(lambda: init_parameters(layer, jax.random.key(0)))()["forward"]
     expected = np.zeros((len(params["bias"]) // 10, 10))
     if mixer != "mingru":
         expected[2 if mixer == "gru" else 1] = 1
@@ -258,7 +253,7 @@ def pair_model(cross_attention) -> Any:
         "encoder_positions": np.zeros_like(SOURCE),
         "encoder_segment_ids": SOURCE,
     }
-    forward = jax.jit(logits_of(model), compiler_options=QUICK)
+    forward = jax.jit(logits_of(model))
     return model, forward, params, {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
 
 
@@ -302,9 +297,7 @@ def test_a_plain_lstm_is_nothing_but_its_cells():
     assert names == [f"{mixer}{name}" for name in ("bias", "input/kernel", "recurrent")] + ["embedding"]
     inputs = rng.integers(0, 30, SEGMENTS.shape)
     batch = {"inputs": inputs, "positions": np.zeros_like(SEGMENTS), "segment_ids": SEGMENTS}
-    logits, _ = jax.jit(logits_of(model), compiler_options=QUICK)(
-        params, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)
-    )
+    logits, _ = jax.jit(logits_of(model))(params, jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch))
     table = np.asarray(params["embedding"], np.float64)
     expected = table[inputs]
     for layer in range(2):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from quick import QUICK
 
 from transformer.config import ModelConfig
 from transformer.models import blocks, dot_product, transformer
@@ -58,12 +57,12 @@ def traced_logits(model: Transformer, params: Any, batch: Mapping[str, Any], key
     return outputs.logits(outputs.hidden)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def logits_of(model: Transformer, params: Any, batch: Mapping[str, Any], key: Any = None) -> jax.Array:
     return traced_logits(model, params, batch, key)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def token_losses(model: Transformer, params: Any, batch: Mapping[str, Any]) -> jax.Array:
     return softmax_cross_entropy(traced_logits(model, params, batch), batch["targets"])[0]
 
@@ -73,7 +72,7 @@ def mean_loss(model: Transformer, params: Any, batch: Mapping[str, Any], key: An
     return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
 
-differentiated = jax.jit(jax.value_and_grad(mean_loss, argnums=1), static_argnums=0, compiler_options=QUICK)
+differentiated = jax.jit(jax.value_and_grad(mean_loss, argnums=1), static_argnums=0)
 
 
 def distance(actual: Any, expected: Any) -> float:
@@ -212,7 +211,7 @@ def test_no_logit_depends_on_later_tokens_or_other_documents(
         table = params["embedding"].at[: 2 * length].set(rows)
         return traced_logits(model, params | {"embedding": table}, batch)[..., :4]
 
-    jacobian_of = jax.jit(jax.jacrev(logits), compiler_options=QUICK)
+    jacobian_of = jax.jit(jax.jacrev(logits))
     jacobian = np.asarray(jacobian_of(params["embedding"][: 2 * length]))
     depends = np.any(jacobian != 0, axis=(2, 4))  # [row, position of the logit, token]
     segments = batch["segment_ids"]

@@ -14,8 +14,6 @@ from transformer.models.parameters import ParameterSpec, init_parameters, map_sp
 from transformer.models.transformer import Transformer, apply
 from transformer.optimizers import OPTIMIZERS, make_optimizer
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
-
 SPECS = {
     "kernel": ParameterSpec((2, 4, 6), ("layers", "embed", "mlp"), zeros, "matrix"),
     "embedding": ParameterSpec((5, 4), ("vocab", "embed"), zeros, "embedding"),
@@ -74,9 +72,9 @@ def network(width: int, parametrization: str) -> tuple[Config, Any, Any, Any]:
         found = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[..., None], axis=-1)
         return -jnp.mean(found), (outputs.hidden, logits)
 
-    begin = jax.jit(lambda: init_parameters(module, jax.random.key(0, impl="unsafe_rbg")), compiler_options=QUICK)
+    begin = jax.jit(lambda: init_parameters(module, jax.random.key(0, impl="unsafe_rbg")))
     params = begin()
-    return config, parameter_specs(module), params, jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
+    return config, parameter_specs(module), params, jax.jit(jax.grad(loss, has_aux=True))
 
 
 def changes(width: int, parametrization: str, name: str, rate: float) -> np.ndarray:
@@ -84,7 +82,7 @@ def changes(width: int, parametrization: str, name: str, rate: float) -> np.ndar
     config, specs, params, gradient = network(width, parametrization)
     optimizer = make_optimizer(replace(config, optimizer={"name": name, "weight_decay": 0.0}), specs)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(gradients: Any, state: Any, params: Any) -> Any:
         updates, state = optimizer.update(gradients, state, params, rate=jnp.float32(rate))
         return optax.apply_updates(params, updates), state

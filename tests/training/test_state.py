@@ -22,7 +22,6 @@ from transformer.training.loop import _rest, restore
 from transformer.training.state import TrainState, abstract_state, state_shardings
 from transformer.training.step import make_train_step
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 SPLIT = {"replica": 2, "fsdp": 2, "tensor": 2}
 
 CASES = {
@@ -67,7 +66,7 @@ def two_steps(mesh: Any, module: Any, optimizer: Any, shardings: Any) -> TrainSt
 
     layouts = (shardings, shardings.params)
     with jax.set_mesh(mesh):
-        step = jax.jit(step, in_shardings=layouts, out_shardings=shardings, donate_argnums=0, compiler_options=QUICK)
+        step = jax.jit(step, in_shardings=layouts, out_shardings=shardings, donate_argnums=0)
         state = begin(module, optimizer, shardings)
         for seed in (1, 2):
             state = step(state, jax.device_put(numbers(parameter_specs(module), seed), shardings.params))
@@ -163,7 +162,6 @@ def test_a_step_with_an_average_and_a_batch_that_grows_over_eight_devices(tiny_c
             make_train_step(config, module, optimizer, shardings),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            compiler_options=QUICK,
         )
         losses = []
         with jax.set_mesh(mesh):

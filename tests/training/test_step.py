@@ -14,9 +14,6 @@ from transformer.optimizers import make_optimizer, make_schedule
 from transformer.training.state import TrainState, initial_state
 from transformer.training.step import make_gradient, make_terms, make_train_step
 
-# Most of the time goes into LLVM. What XLA makes of a program is the same without its optimisations.
-QUICK: Any = {"xla_backend_optimization_level": 0}
-
 
 def begin(config) -> tuple[Any, TrainState]:
     """Returns the step, compiled on its first call, and the state before it."""
@@ -26,14 +23,14 @@ def begin(config) -> tuple[Any, TrainState]:
     params = init_parameters(model, jax.random.key(config.seed, impl="unsafe_rbg"))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, optimizer.init(params), zero)
-    return jax.jit(make_train_step(config, model, optimizer), compiler_options=QUICK), state
+    return jax.jit(make_train_step(config, model, optimizer)), state
 
 
 def gradient_of(config, batch) -> tuple[Any, Any, Any]:
     """Returns the compiled gradient, and the gradient and metrics of a batch."""
     model = Transformer(config.model)
     params = init_parameters(model, jax.random.key(0, impl="unsafe_rbg"))
-    gradient = jax.jit(make_gradient(config, model), compiler_options=QUICK)
+    gradient = jax.jit(make_gradient(config, model))
     batch = jax.tree.map(jnp.asarray, batch)
     return gradient.lower(params, batch, None).compile(), *gradient(params, batch, None)
 
@@ -82,7 +79,7 @@ def test_a_batch_that_grows_gives_the_gradient_of_its_rows(tiny_config, tiny_bat
     config = tiny_config(train=growing, optimizer=descent)
     step, state = begin(config)
     traces = step._cache_size()
-    whole = jax.jit(make_gradient(tiny_config(), Transformer(config.model)), compiler_options=QUICK)
+    whole = jax.jit(make_gradient(tiny_config(), Transformer(config.model)))
     batch = tiny_batch(config)
     for number, parts in ((0, 1), (3, 2), (4, 3), (6, 4), (19, 4)):
         rows = np.arange(8) % 4 < parts
@@ -124,8 +121,8 @@ def test_dropout_differs_from_part_to_part_and_from_step_to_step(tiny_config, ti
     model = Transformer(config.model)
     key = jax.random.key(7, impl="unsafe_rbg")
     params = init_parameters(model, key)
-    terms = jax.jit(make_terms(config, model), compiler_options=QUICK)
-    gradient = jax.jit(make_gradient(config, model), compiler_options=QUICK)
+    terms = jax.jit(make_terms(config, model))
+    gradient = jax.jit(make_gradient(config, model))
     found = [terms(params, rows, jax.random.fold_in(key, part)).losses["cross_entropy"] for part in range(2)]
     means = [(value / weight).item() for value, weight in found]
     assert means[0] != pytest.approx(means[1], rel=1e-4)
@@ -188,7 +185,7 @@ def test_the_step_is_traced_once_and_pure(tiny_config, tiny_batch):
         traces += 1
         return step.__wrapped__(state, batch)
 
-    jitted = jax.jit(counted, compiler_options=QUICK)
+    jitted = jax.jit(counted)
     first = jitted(state, tiny_batch(config, 0))
     again = jitted(state, tiny_batch(config, 0))
     assert_same_bits(first, again)
