@@ -123,17 +123,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-ON_DEMAND = (
-    *("one key head", "no positions", "half rotary", "linear rotary", "llama 3 rotary", "sinusoidal", "scales"),
-    *("yarn", "learned", "dilated", "soft caps", "minGRU", "scanned, grouped", "encoder-decoder, relative, scanned"),
-    *("post", "no norm", "no residuals", "no MLP", "latent", "parallel", "encoder-decoder, Bahdanau, scanned"),
-)
-"""What differs from others in no more than what has a test of its own."""
-
-VARIANTS = [
-    pytest.param(changes, id=name, marks=[pytest.mark.slow] if name in ON_DEMAND else [])
-    for name, changes in DECODERS.items()
-]
+VARIANTS = [pytest.param(changes, id=name) for name, changes in DECODERS.items()]
 
 
 def build(changes: dict[str, Any]) -> tuple[Transformer, Any]:

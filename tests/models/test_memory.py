@@ -29,13 +29,7 @@ def temporary_bytes(name: str, length: int) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in ("linear_attention", "gated_delta_net") else [pytest.mark.slow])
-        for name in get_args(LinearMixer)
-    ],
-)
+@pytest.mark.parametrize("name", get_args(LinearMixer))
 def test_a_state_needs_memory_in_proportion_to_the_length(name):
     short, long = temporary_bytes(name, 1024), temporary_bytes(name, 16_384)
     slope = math.log(long / short) / math.log(16)

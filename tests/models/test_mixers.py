@@ -92,8 +92,8 @@ def expected_output(name: str, x: np.ndarray) -> np.ndarray:
     return output
 
 
-LENGTHS = [200, *(pytest.param(length, marks=pytest.mark.slow) for length in (1, 7, 64))]
-"""The engines are tested at all lengths; chunks are 64 long."""
+LENGTHS = (1, 7, 64, 200)
+"""Chunks are 64 long."""
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -111,7 +111,8 @@ def test_three_forms_are_the_equations_and_have_one_gradient(name, length):
         assert_close(output[real], expected)
         assert np.all(of_x[~real] == 0)
         gradients = (of_parameters, of_x) if gradients is None else gradients
-        assert all(np.linalg.norm(gradient) > 0 for gradient in jax.tree.leaves(of_parameters))
+        # A single token has nothing to forget.
+        assert length == 1 or all(np.linalg.norm(gradient) > 0 for gradient in jax.tree.leaves(of_parameters))
         assert_close((of_parameters, of_x), gradients, 1e-4)
         for scale in (1e4, 1e-30, 0.0):
             assert all(np.all(np.isfinite(y)) for y in jax.tree.leaves(run(parameters(name), scale * x, ahead)))

@@ -403,7 +403,6 @@ def covering_cases() -> list[dict[str, Any]]:
     return cases
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", covering_cases(), ids=lambda case: "-".join(map(str, case.values())))
 def test_every_pair_of_options_runs_forward_and_backward(case, model_config, batch):
     model, params = build(model_config, width=16, num_layers=2 if case["scan_layers"] else 1, **case)

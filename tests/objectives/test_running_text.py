@@ -68,10 +68,7 @@ def test_rows_fit_their_arrays_and_depend_on_the_generator_alone(name):
     assert maker({k: v[:1] for k, v in window_of(4, rng).items()}, rng) is not None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in ("masked_lm", "span_corruption") else [pytest.mark.slow]) for name in TEXT],
-)
+@pytest.mark.parametrize("name", TEXT)
 def test_a_gradient_of_microbatches_is_that_of_the_batch(name):
     """Each objective's terms add up over parts of a batch, and a model of its architecture learns from them."""
     length = 24

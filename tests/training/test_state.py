@@ -73,9 +73,7 @@ def two_steps(mesh: Any, module: Any, optimizer: Any, shardings: Any) -> TrainSt
     return state
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in ("lion", "sgd") else []) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_steps_are_those_of_one_device_and_come_back_from_a_checkpoint(
     case: str, tiny_config: Any, tmp_path: Path
 ) -> None:
