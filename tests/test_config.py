@@ -643,6 +643,35 @@ def test_a_wrong_pattern_of_layers_is_told(changes: dict[str, Any], expected: st
 
 PAIRS = {"architecture": "encoder_decoder"}
 RULES: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"positions": "relative", "num_relative_buckets": 2, "max_relative_distance": 2}, "causal", None),
+    (
+        {"positions": "relative", "num_relative_buckets": 1},
+        "causal",
+        "model.num_relative_buckets = 1: model.architecture = 'decoder' needs at least 2",
+    ),
+    (
+        PAIRS | {"positions": "relative", "num_relative_buckets": 3},
+        "span_corruption",
+        "model.num_relative_buckets = 3: model.architecture = 'encoder_decoder' needs at least 4",
+    ),
+    (
+        {"positions": "relative", "max_relative_distance": 16},
+        "causal",
+        "model.max_relative_distance = 16: must be more than 16, up to which distances have a bucket each "
+        "(model.num_relative_buckets = 32)",
+    ),
+    ({"architecture": "encoder", "positions": "relative", "max_relative_distance": 9}, "masked_lm", None),
+    (
+        {"rotary_scaling": "dynamic_ntk", "rotary_original_length": 64},
+        "causal",
+        "model.rotary_scaling = 'dynamic_ntk' with data.sequence_length = 256 beyond 64 (model.rotary_original_length): "
+        "texts in one row would be turned as the longest of them; train with another scaling",
+    ),
+    (
+        {"layers": "attention.block_sparse", "num_window_blocks": 2},
+        "causal",
+        "model.num_window_blocks = 2: must be odd, a block and as many on either side",
+    ),
     (
         {"cross_attention": "luong"},
         "causal",

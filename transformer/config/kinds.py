@@ -71,3 +71,15 @@ def recurrent_problems(model: ModelConfig, own: set[str], encoder: set[str]) -> 
     if model.architecture != "decoder" and encoder & set(RECURRENT) and model.recurrent_dim % 2:
         key = "width" if model.recurrent_width is None else "recurrent_width"
         yield f"model.{key} = {model.recurrent_dim}: must be even, for half of an encoder's recurrent state goes each way"
+
+
+def bucket_problems(model: ModelConfig) -> Iterator[str]:
+    """Yields a sentence for each mistake in the buckets of relative positions, half of which have a distance each."""
+    sides = {"decoder": (1,), "encoder": (2,), "encoder_decoder": (1, 2)}[model.architecture]
+    buckets = f"model.num_relative_buckets = {model.num_relative_buckets}"
+    exact = model.num_relative_buckets // (2 * min(sides))
+    if model.num_relative_buckets < 2 * max(sides):
+        yield f"{buckets}: model.architecture = {model.architecture!r} needs at least {2 * max(sides)}"
+    elif model.max_relative_distance <= exact:
+        distance = f"model.max_relative_distance = {model.max_relative_distance}"
+        yield f"{distance}: must be more than {exact}, up to which distances have a bucket each ({buckets})"

@@ -89,9 +89,9 @@ class ModelConfig:
     attention_soft_cap: float = 0.0
     """Attention's logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
     qk_norm: bool = False
-    """Normalise queries and keys, head by head, before their product."""
+    """Normalise queries and keys of self-attention, head by head, before their product."""
     window: int = 128
-    """Tokens that a layer of pattern `window` sees, itself included; those that one of `dilated` sees."""
+    """Tokens that a layer of pattern `window` sees, itself included, an encoder's as many after it; so does `dilated`."""
     num_sinks: int = 0
     """First tokens of a text that a layer of pattern `window` sees from everywhere."""
     dilation: int = 2
@@ -101,7 +101,7 @@ class ModelConfig:
     num_global_blocks: int = 1
     """First blocks of a text that see, and are seen from, everywhere (`block_sparse`)."""
     num_window_blocks: int = 3
-    """Blocks that a block sees around itself, itself included; of a causal model the half before (`block_sparse`)."""
+    """Blocks that a block sees around itself, itself included, odd; of a causal model the half before (`block_sparse`)."""
     num_random_blocks: int = 2
     """Blocks that a block sees besides, drawn at random once and for all (`block_sparse`)."""
     latent_width: int = 128
@@ -173,7 +173,7 @@ class ModelConfig:
     biases: bool = False
     """Biases in linear layers and in LayerNorm."""
     logit_soft_cap: float = 0.0
-    """The logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
+    """Logits over the vocabulary are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
     tied_embeddings: bool = True
     """Use the embedding table as the output head too."""
     num_future_tokens: int = 0

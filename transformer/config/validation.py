@@ -79,7 +79,7 @@ def _range_problems(config: Config) -> Iterator[str]:
         elif key in _NOT_NEGATIVE and value < 0:
             yield f"{key} = {value}: must not be negative"
         elif key in _SHARES and not (0 <= value < 1 or (key in _MAY_BE_ONE and value == 1)):
-            yield f"{key} = {value}: must be a share, at least 0 and below 1"
+            yield f"{key} = {value}: must be a share, at least 0 and {'at most' if key in _MAY_BE_ONE else 'below'} 1"
         elif value != -1 and value < _LEAST_OR_MINUS_ONE.get(key, value):
             yield f"{key} = {value}: must be at least {_LEAST_OR_MINUS_ONE[key]}, or -1"
         elif value <= 0 and key not in (*_NOT_NEGATIVE, *_SHARES, *_LEAST_OR_MINUS_ONE):
@@ -191,6 +191,12 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
             yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
     if model.positions == "sinusoidal" and model.width % 2:
         yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
+    if model.positions == "relative":
+        yield from importlib.import_module("transformer.config.kinds").bucket_problems(model)
+    if model.rotary_scaling == "dynamic_ntk" and config.data.sequence_length > model.rotary_original_length:
+        limit = f"data.sequence_length = {config.data.sequence_length} beyond {model.rotary_original_length}"
+        reason = "texts in one row would be turned as the longest of them; train with another scaling"
+        yield f"model.rotary_scaling = 'dynamic_ntk' with {limit} (model.rotary_original_length): {reason}"
     yield from _layer_problems(config)
     if model.attention_implementation != "auto":
         yield from importlib.import_module("transformer.config.implementations").problems_of_attention(config, platform)
@@ -233,6 +239,8 @@ def _layer_problems(config: Config) -> Iterator[str]:
             ):
                 if name not in known:
                     yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
+        if any(kind.pattern == "block_sparse" for kind in kinds) and model.num_window_blocks % 2 == 0:
+            yield f"model.num_window_blocks = {model.num_window_blocks}: must be odd, a block and as many on either side"
         if any(kind.mixer != "attention" or kind.feedforward == "experts" for kind in kinds):
             is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
             is_decoder = key == "layers" and model.has_decoder

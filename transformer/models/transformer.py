@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
             if config.width_ratio != 1:
                 hidden = hidden / config.width_ratio
             if self.classifier is not None:
-                return self.classifier(hidden).astype(jnp.float32)
+                return self.classifier(hidden.astype(jnp.float32))
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
             logits = jnp.einsum("...d,vd->...v", as_rows(hidden), table, preferred_element_type=jnp.float32)
             logits = materialize(logits).reshape(*hidden.shape[:-1], -1)
