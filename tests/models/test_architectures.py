@@ -291,8 +291,29 @@ def test_heads_for_further_tokens_are_told_positions(positions):
     tokens = Tokens(batch["positions"], batch["segment_ids"])
     angles = rotary_angles(tokens.positions, model.config, 4) if positions == "rotary" else None
     context = Context(tokens, tokens, rotary=angles)
-    (first,), _ = module.future(hidden, batch["inputs"], params["embedding"].__getitem__, context)
-    (other,), _ = module.future(
-        hidden[:, swapped], batch["inputs"][:, swapped], params["embedding"].__getitem__, context
-    )
+
+    def future(order: jax.Array | slice) -> jax.Array:
+        assert module.future is not None
+        (states,), _ = module.future(
+            hidden[:, order], batch["inputs"][:, order], lambda ids, _: params["embedding"][ids], context, None
+        )
+        return states
+
+    first, other = future(slice(None)), future(swapped)
     assert not np.allclose(first[0, -1], other[0, -1], atol=1e-4)
+
+
+def test_heads_for_further_tokens_drop_activations_too():
+    model, params = build({"num_future_tokens": 2, "num_layers": 1, "dropout": 0.5})
+    batch, bound = batch_of(model), bind(model, params)
+    tokens = Tokens(batch["positions"], batch["segment_ids"])
+    context = Context(tokens, tokens, rotary=rotary_angles(tokens.positions, model.config, 4))
+    hidden = jax.random.normal(jax.random.key(2), (2, LENGTH, 16))
+
+    def heads(seed: int) -> list[jax.Array]:
+        assert bound.future is not None
+        return bound.future(
+            hidden, batch["inputs"], lambda ids, _: params["embedding"][ids], context, jax.random.key(seed)
+        )[0]
+
+    assert not any(np.allclose(*pair) for pair in zip(heads(0), heads(1), strict=True))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from transformer.config import ModelConfig
-from transformer.models.blocks import Block, add_auxiliary
+from transformer.models.blocks import Block, add_auxiliary, fold_in
 from transformer.models.feedforward import Auxiliary
 from transformer.models.layers import Linear, Norm
 from transformer.models.mixers import Context, make_bias
@@ -36,8 +36,9 @@ class FutureTokens(nnx.Module):
         self,
         hidden: Float[Array, "B T D"],
         following: Int[Array, "B T"],
-        embed: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]],
+        embed: Callable[[Int[Array, "B T"], PRNGKeyArray | None], Float[Array, "B T D"]],
         context: Context,
+        key: PRNGKeyArray | None,
     ) -> tuple[list[Float[Array, "B T D"]], Auxiliary]:
         """Returns for each further token the states from which the model's head predicts it, and the blocks' own terms.
 
@@ -49,9 +50,10 @@ class FutureTokens(nnx.Module):
         for number, head in enumerate(self.heads):
             with jax.named_scope(f"future_{number}"):
                 shifted = jnp.roll(following, -number, axis=1)
-                pair = [head.hidden_norm(hidden), head.token_norm(embed(shifted))]
+                head_key = fold_in(key, number)
+                pair = [head.hidden_norm(hidden), head.token_norm(embed(shifted, fold_in(head_key, -1)))]
                 joined = head.join(jnp.concatenate(pair, axis=-1))
-                hidden, _, found = head.block(joined, context, None, 0, None)
+                hidden, _, found = head.block(joined, context, None, 0, head_key)
                 states.append(head.final_norm(hidden))
                 auxiliary = add_auxiliary(auxiliary, found)
         return states, auxiliary

@@ -101,12 +101,12 @@ class Transformer(nnx.Module):
         cache = None if cache is None else cache | {"layers": layers}
         terms = [found, *auxiliary]
 
-        def embed(shifted: Array) -> Array:
-            return self._embed(shifted, tokens.positions, None)
+        def embed(shifted: Array, key: PRNGKeyArray | None) -> Array:
+            return self._embed(shifted, tokens.positions, key)
 
         def future(following: Array) -> tuple[list[Array], Auxiliary]:
             assert self.future is not None
-            states, found = self.future(x, following, embed, context)
+            states, found = self.future(x, following, embed, context, fold_in(key, -3))
             return states, prefixed("future", found)
 
         return Outputs(
