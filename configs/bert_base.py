@@ -3,7 +3,7 @@
 As published but for the second objective and what belongs to it (next sentences, kinds of segments, the pooler), and for
 the norm after the embedding and the layer before the output head, which later encoders leave out too. The books of
 BooksCorpus are no longer given away, so the corpus is Wikipedia; the tokenizer is trained on it, and with the mask has as
-many tokens as BERT's.
+many tokens as BERT's. Nor is there dropout of attention weights, a bias of the output head, or a first part on rows of 128.
 """
 
 from transformer.config import Config, replace

@@ -1,7 +1,7 @@
 """The shape of Llama 3.2 1B (Meta 2024), 1,235,814,400 parameters, pretrained from the beginning.
 
-The rates are those that Dubey et al. (2024, arXiv:2407.21783, section 3.4) give for the 8B model; the 1B model itself was
-pruned from it and distilled. It wants Llama's own tokenizer, `tokenizer.json`, in the working directory or anywhere with
+The peak rate is that of the 8B model in Dubey et al. (2024, arXiv:2407.21783, table 3), from which the 1B model was pruned
+and distilled; warm-up and last rate are our choice. It wants Llama's own tokenizer, `tokenizer.json`, in the working directory or anywhere with
 `--data.tokenizer-path FILE` (extra `hf`). The corpus is a sample of FineWeb.
 """
 

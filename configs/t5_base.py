@@ -2,7 +2,7 @@
 layers (Shazeer 2020, arXiv:2002.05202), a head of its own, and no dropout while it is pretrained.
 
 Span corruption makes 512 tokens to read and 114 to write of 568 tokens of text. Batch and number of steps are those of the
-paper's baseline (its section 3.1). The tokenizer is trained on the corpus: 32,000 tokens, and 100 that stand for spans; the
+paper's baseline (its section 3.1); the rate rises to 0.01 first, where theirs begins at it. The tokenizer is trained on the corpus: 32,000 tokens, and 100 that stand for spans; the
 table is as large as T5's.
 """
 

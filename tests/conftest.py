@@ -10,13 +10,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # More threads than cores: JAX 0.10 deadlocks in collectives of eight simulated devices on two cores without it.
 os.environ["NPROC"] = "16"
 # Two workers of the suite share the cores, so that devices may wait for each other longer than XLA's 40 seconds.
-os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300" + (
-    " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
-)
-
-# Programs of tests run for milliseconds and compile for seconds. Without its optimisations XLA 0.10 is fastest with the
-# older of its ways to compile fused operations, which later releases do not have.
+os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+# Programs of tests run for milliseconds and compile for seconds, so XLA does not optimise them; release 0.10 is then
+# fastest with the older of its ways to compile fused operations, which later releases do not have.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+if version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import jaxtyping

@@ -245,7 +245,7 @@ def exit_status(command: Callable[[Sequence[str]], int], arguments: Sequence[str
     """Runs a command and returns its exit status, with mistakes and full disks told in a line and not a traceback.
 
     2: a mistake of the user's; 1: the disk or its permissions; 130: interrupted. Anything else is a bug of ours
-    and keeps its traceback.
+    and keeps its traceback, with status 1.
     """
     try:
         status = command(arguments)

@@ -32,9 +32,7 @@ def expected(
     return sorted(((score / ((5 + len(text)) / 6) ** alpha, text) for text, score in texts), reverse=True)
 
 
-@pytest.mark.parametrize(
-    "alpha", [pytest.param(0.0, marks=pytest.mark.slow), 0.6, pytest.param(2.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 def test_a_beam_as_wide_as_all_texts_finds_the_best_of_them(architecture: str, alpha: float) -> None:
     """V^T beams leave nothing out: the same texts in the same order, with the same scores, of three prompts at once.
@@ -86,7 +84,7 @@ def narrow(
     return best
 
 
-@pytest.mark.parametrize("alpha", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_narrow_beam_is_the_search_by_definition(alpha: float) -> None:
     """Stopping early, of each prompt by itself, changes nothing."""
     model, params = tiny()
@@ -107,7 +105,6 @@ def test_one_beam_is_greedy_through_caches_that_grow() -> None:
     assert {len(text.tokens) for text in greedy} == {40}
 
 
-@pytest.mark.slow
 def test_beams_follow_their_own_past() -> None:
     """Scores of long texts through reordered caches, rings and recurrent states among them: those of a forward pass over the text."""
     layers = {"layers": "attention.window+lstm/none", "encoder_layers": "attention", "window": 3, "num_layers": 2}

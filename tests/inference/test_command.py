@@ -123,7 +123,6 @@ def test_a_file_is_translated_line_by_line(runs: Path, ask: Callable[..., str]) 
     assert [record["prompt"] for record in records] == [prompt for prompt in PROMPTS for _ in range(2)]
 
 
-@pytest.mark.slow
 def test_samples_of_records_do_not_depend_on_the_batches(runs: Path, ask: Callable[..., str]) -> None:
     """Ten texts in batches of three, which mix prompts and samples."""
     (runs / "prompts.jsonl").write_text("".join(json.dumps({"question": prompt}) + "\n" for prompt in PROMPTS))
@@ -153,7 +152,6 @@ def test_samples_of_records_do_not_depend_on_the_batches(runs: Path, ask: Callab
     assert all("score" not in record for record in records)
 
 
-@pytest.mark.slow
 def test_a_draft_changes_no_greedy_text(ask: Callable[..., str]) -> None:
     flags = ["--prompt", *PROMPTS[:3], "--temperature", "0", "--json"]
     assert ask("decoder", *flags, "--draft", "draft", "--draft-tokens", "3") == ask("decoder", *flags)

@@ -30,7 +30,7 @@ SOURCE = np.array(
 CHUNK = 16
 """Longer than some texts that are tried; divides some of the others, and not all."""
 FORMS_AND_LENGTHS = [("recurrent", 1), ("recurrent", 200), ("parallel", 200)]
-FORMS_AND_LENGTHS += [("chunkwise", length) for length in (7, 64, 200)]
+FORMS_AND_LENGTHS += [("chunkwise", length) for length in (1, 7, 64, 200)]
 """One token takes one step; below the chunk's length the parallel form is the chunkwise one."""
 
 

@@ -128,10 +128,6 @@ def same(run: Any, model: str, split: tuple[int, int, int]) -> None:
     assert_equal(sgd["last"].params, sgd_alone["last"].params)
 
 
-ON_DEMAND = ((1, 2, 4), (2, 1, 4), (2, 4, 1), (4, 1, 2))
-"""Splits whose factors others have."""
-
-
 def name_of(split: tuple[int, int, int]) -> str:
     return "replica {} fsdp {} tensor {}".format(*split)
 
@@ -140,11 +136,7 @@ def test_there_are_ten_splits_of_eight():
     assert len(SPLITS) == 10 and all(r * f * t == 8 for r, f, t in SPLITS)
 
 
-@pytest.mark.parametrize(
-    "split",
-    [pytest.param(split, marks=[pytest.mark.slow] if split in ON_DEMAND else []) for split in SPLITS],
-    ids=name_of,
-)
+@pytest.mark.parametrize("split", SPLITS, ids=name_of)
 def test_every_split_computes_what_one_device_does(split, run, capfd):
     same(run, "uneven", split)
     assert "rematerialization" not in capfd.readouterr().err, "the compiler replicates an activation"

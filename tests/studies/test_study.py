@@ -14,6 +14,7 @@ from transformer.arguments import load_config
 from transformer.config import ConfigError, problems_of, replace, to_json
 from transformer.studies import STUDIES, ablation, mup, recall
 from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread, table
+from transformer.training import DIVERGED
 
 
 def outcome(name: str, loss: float, seed: int = 0, diverged: bool = False, **facts: object) -> Outcome:
@@ -130,27 +131,71 @@ def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, cap
         run_study("ablation", base, (0,), ("width_8",), directory)
 
 
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (1, ConfigError("width_8, seed 0: training ended with status 1; what it saved is in ")),
+        (137, ConfigError("width_8, seed 0: training ended with status 137; what it saved is in ")),
+        (130, SystemExit(130)),
+        (143, SystemExit(143)),
+    ],
+)
+def test_a_run_that_did_not_end_is_no_result(status, expected, make_run, tmp_path, monkeypatch):
+    """And leaves nothing that a study of the other runs stumbles over."""
+    base = make_run()
+    trials = [Trial(f"width_{width}", replace(base, model={"width": width})) for width in (8, 16)]
+    study = Study(lambda base: trials, lambda found: f"{len(found)} runs", lambda found, figure: None)
+    monkeypatch.setattr(ablation, "STUDY", study)
+    workdir = tmp_path / "runs" / "width_8-0"
+    workdir.mkdir(parents=True)
+    line = {"step": 1, "split": "train", "loss": 1.0, "cross_entropy": 1.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (workdir / "config.json").write_text(to_json(replace(base, model={"vocab_size": 260})))
+    monkeypatch.setattr("transformer.studies.study._run", lambda command, environment: status)
+    with pytest.raises(type(expected)) as error:
+        run_study("ablation", base, (0,), ("width_8",), tmp_path)
+    assert str(error.value).startswith(str(expected)) and workdir.exists()
+    run_study("ablation", base, (), (), tmp_path)
+    assert (tmp_path / "report.md").read_text() == "0 runs"
+    monkeypatch.setattr("transformer.studies.study._run", lambda command, environment: DIVERGED)
+    run_study("ablation", base, (0,), ("width_8",), tmp_path)
+    [outcome] = json.loads((tmp_path / "results.json").read_text())["outcomes"]
+    assert outcome["diverged"] and not workdir.exists()
+
+
+def test_runs_that_diverged_are_in_no_mean():
+    found = [outcome("gru_4", 0.25, 0, mixer="gru", pairs=4, state=8)]
+    found += [outcome("gru_4", 1.0, 1, diverged=True, mixer="gru", pairs=4, state=8)]
+    assert "| gru | 1,000 | 8 | 75.0 |" in recall.report(found)
+
+
 SAVES = """
 import pathlib, signal, sys, time
 ready, saved = map(pathlib.Path, sys.argv[1:])
-signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), saved.touch(), sys.exit(143)))
+def save(number, _):
+    time.sleep(0.5)
+    saved.write_text(saved.read_text() + "saved" if saved.exists() else "saved")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
 ready.touch()
 time.sleep(60)
 """
 
 
-def test_a_signal_is_handed_on_and_waited_for(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on_once_and_waited_for(number, tmp_path):
     ready, saved = tmp_path / "ready", tmp_path / "saved"
 
     def stop() -> None:
         while not ready.exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()
-    assert _run([sys.executable, "-c", SAVES, str(ready), str(saved)], dict(os.environ)) == 143
+    assert _run([sys.executable, "-c", SAVES, str(ready), str(saved)], dict(os.environ)) == 128 + number
     thread.join()
-    assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+    assert saved.read_text() == "saved" and signal.getsignal(number) == before
     assert _run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ)) == 137

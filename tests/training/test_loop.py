@@ -189,9 +189,7 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     assert_same_run(workdir, tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "moment", ["at the step", pytest.param("in the validation", marks=pytest.mark.slow), "killed after it"]
-)
+@pytest.mark.parametrize("moment", ["at the step", "in the validation", "killed after it"])
 def test_a_signal_does_not_wait_for_a_validation_that_is_due(
     moment: str,
     make_run: Make,
@@ -281,7 +279,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(
 ) -> None:
     broken_batches(monkeypatch, range(5, 100))
     config = make_run(train={"num_steps": 50, "max_nonfinite_steps": 3}, evaluation={"every_steps": 0})
-    assert loop.run(config, tmp_path / "run") == 1
+    assert loop.run(config, tmp_path / "run") == 3
     output = capsys.readouterr().out
     assert "stopping: 3 steps in a row" in output
     assert "signal" not in output
@@ -357,14 +355,12 @@ def traces_in(workdir: Path) -> list[Path]:
     return sorted(workdir.glob("profile/**/*.xplane.pb"))
 
 
-@pytest.mark.slow
 def test_a_profile_is_written(make_run: Make, tmp_path: Path) -> None:
     assert loop.run(make_run(profile={"start_step": 3, "num_steps": 2}), tmp_path / "run") == 0
     (trace,) = traces_in(tmp_path / "run")
     assert b"train" in trace.read_bytes()
 
 
-@pytest.mark.slow
 def test_a_profile_survives_the_end_of_a_run_and_a_resume_within_it(
     make_run: Make, tmp_path: Path, signal_after: Callable[[int, int], None]
 ) -> None:

@@ -1,10 +1,13 @@
-"""What kinds of layers besides attention and MLPs cannot do: checks that are loaded when a configuration has one."""
+"""What kinds of layers besides attention and MLPs cannot do, and what else few configurations ask for.
+
+Each check is loaded when a configuration has what it is about.
+"""
 
 from collections.abc import Iterator
 from typing import get_args
 
 from transformer.config.model import RECURRENT, LayerKind, LinearMixer, Mixer, ModelConfig
-from transformer.config.schema import Config
+from transformer.config.schema import Config, known_vocab_size
 
 _WITH_KEYS = ("attention", "latent_attention")
 
@@ -83,3 +86,15 @@ def bucket_problems(model: ModelConfig) -> Iterator[str]:
     elif model.max_relative_distance <= exact:
         distance = f"model.max_relative_distance = {model.max_relative_distance}"
         yield f"{distance}: must be more than {exact}, up to which distances have a bucket each ({buckets})"
+
+
+def recall_problems(config: Config) -> Iterator[str]:
+    """Yields a sentence for each mistake in the examples of associative recall."""
+    label, pairs = f"objective.num_pairs = {config.objective.num_pairs}", config.objective.num_pairs
+    if 3 * pairs > config.data.sequence_length:
+        yield f"{label}: an example has 3 tokens a pair, more than data.sequence_length = {config.data.sequence_length}"
+    tokens = known_vocab_size(config.data)
+    if config.data.tokenizer != "bytes":
+        yield f"data.tokenizer = {config.data.tokenizer!r}: 'associative_recall' needs 'bytes', whose tokens are known"
+    elif tokens is not None and pairs > (tokens - 4) // 2:
+        yield f"{label}: each pair needs a key of its own, and there are {(tokens - 4) // 2}"

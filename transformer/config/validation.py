@@ -158,21 +158,10 @@ def _example_problems(config: Config) -> Iterator[str]:
         classifiers = "'sequence_classification' and 'token_classification'"
         yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
     if config.objective.name == "associative_recall":
-        yield from _recall_problems(config)
+        yield from importlib.import_module("transformer.config.kinds").recall_problems(config)
     length, rows = source_length(config), model.num_positions
     if model.positions == "learned" and kind == "pairs" and rows is not None and rows < length:
         yield f"data.source_length = {length} is longer than model.num_positions = {rows}"
-
-
-def _recall_problems(config: Config) -> Iterator[str]:
-    label, pairs = f"objective.num_pairs = {config.objective.num_pairs}", config.objective.num_pairs
-    if 3 * pairs > config.data.sequence_length:
-        yield f"{label}: an example has 3 tokens a pair, more than data.sequence_length = {config.data.sequence_length}"
-    tokens = known_vocab_size(config.data)
-    if config.data.tokenizer != "bytes":
-        yield f"data.tokenizer = {config.data.tokenizer!r}: 'associative_recall' needs 'bytes', whose tokens are known"
-    elif tokens is not None and pairs > (tokens - 4) // 2:
-        yield f"{label}: each pair needs a key of its own, and there are {(tokens - 4) // 2}"
 
 
 def _model_problems(config: Config, platform: str | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformer.config import Config, replace
-from transformer.studies.study import Outcome, Study, Trial, by_trial, spread, table
+from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread, table
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
@@ -39,18 +39,18 @@ def trials(base: Config) -> list[Trial]:
 def report(outcomes: Sequence[Outcome]) -> str:
     """Returns a table of the parts and one of the depths."""
     groups = by_trial(outcomes)
-    reference = _losses(groups.get("full", []))
+    reference = last(groups.get("full", []), "cross_entropy")
     mean = sum(reference) / len(reference) if reference else None
     parts, depths = [], []
     for name, group in groups.items():
-        losses = _losses(group)
+        losses = last(group, "cross_entropy")
         diverged = sum(outcome.diverged for outcome in group)
         more = f"{sum(losses) / len(losses) - mean:+.3f}" if losses and mean is not None else "–"
         label = name.replace("_", " ")
         row = [label, f"{group[0].parameters:,}", spread(losses), more, f"{diverged} of {len(group)}"]
         if name in PARTS:
             parts.append(row)
-        if name.startswith(("full", "no_residuals")):
+        if any(_is_depth(name, prefix) for prefix in ("full", "no_residuals")):
             depths.append((group[0].facts["layers"], [label, group[0].facts["layers"], *row[2:3], row[4]]))
     header = ["model", "parameters", "validation loss", "above full", "diverged"]
     by_depth = [row for _, row in sorted(depths, key=lambda item: item[0])]
@@ -77,7 +77,9 @@ def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
     left.legend(frameon=False, fontsize=8)
     for prefix, color in (("full", "#2f6db3"), ("no_residuals", "#c8452c")):
         points = sorted(
-            (group[0].facts["layers"], _losses(group)) for n, group in groups.items() if _is_depth(n, prefix)
+            (group[0].facts["layers"], last(group, "cross_entropy"))
+            for n, group in groups.items()
+            if _is_depth(n, prefix)
         )
         found = [(layers, loss) for layers, losses in points for loss in losses]
         right.plot(*zip(*found, strict=True), "o", color=color, label=prefix.replace("_", " ")) if found else None
@@ -89,10 +91,6 @@ def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
 
 def _is_depth(name: str, prefix: str) -> bool:
     return name == prefix or (name.startswith(f"{prefix}_") and name.endswith("_layers"))
-
-
-def _losses(group: Sequence[Outcome]) -> list[float]:
-    return [outcome.final["cross_entropy"] for outcome in group if outcome.final and not outcome.diverged]
 
 
 def _curve(outcome: Outcome) -> list[float]:

@@ -24,7 +24,7 @@ def trials(base: Config) -> list[Trial]:
             for rate in rates:
                 model = {"width": width, "num_heads": width // HEAD_WIDTH, "parametrization": parametrization}
                 config = replace(base, model=model, optimizer={"learning_rate": rate})
-                name = f"{parametrization}_{width}_2e{round(math.log2(rate))}"
+                name = f"{parametrization}_{width}_2^{round(math.log2(rate))}"
                 facts = {"parametrization": parametrization, "width": width, "rate": rate}
                 made.append(Trial(name, config, facts))
     return made
@@ -46,8 +46,7 @@ def losses(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], dict[float, flo
 def best_rate(by_rate: dict[float, float]) -> float | None:
     """Returns the rate at the vertex of the parabola through the lowest loss and its neighbours, over the logarithm.
 
-    None where the lowest lies at an end of the rates, or a neighbour diverged so that there is no parabola: then the
-    lowest itself, if it is inside, is the answer.
+    Returns None where the lowest lies at an end of the rates, and its rate where a neighbour diverged.
     """
     rates = sorted(by_rate)
     lowest = min(range(len(rates)), key=lambda i: by_rate[rates[i]])

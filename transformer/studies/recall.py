@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from transformer.config import RECURRENT, Config, replace
 from transformer.config.model import LinearMixer, Mixer
-from transformer.studies.study import Outcome, Study, Trial, by_trial, spread, table
+from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread, table
 
 PAIRS = (4, 16, 64)
 
@@ -61,7 +61,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
     for mixer in dict.fromkeys(outcome.facts["mixer"] for outcome in outcomes):
         groups = [group for group in by_trial(outcomes).values() if group[0].facts["mixer"] == mixer]
         found = {group[0].facts["pairs"]: group for group in groups}
-        cells = [spread([100 * o.final["accuracy"] for o in found.get(n, []) if o.final], 1) for n in pairs]
+        cells = [spread([100 * share for share in last(found.get(n, []), "accuracy")], 1) for n in pairs]
         sizes = [f"{group[0].facts['state']:,}" for group in (found[min(found)], found[max(found)])]
         rows.append(
             [mixer.replace("_", " "), f"{groups[-1][0].parameters:,}", " to ".join(dict.fromkeys(sizes)), *cells]
@@ -74,12 +74,10 @@ def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
     """Draws the share over the number of pairs, a curve a mixer."""
     axes = figure.subplots()
     for mixer in dict.fromkeys(outcome.facts["mixer"] for outcome in outcomes):
-        points: dict[int, list[float]] = {}
-        for outcome in outcomes:
-            if outcome.facts["mixer"] == mixer and outcome.final:
-                points.setdefault(outcome.facts["pairs"], []).append(100 * outcome.final["accuracy"])
+        groups = [group for group in by_trial(outcomes).values() if group[0].facts["mixer"] == mixer]
+        points = {group[0].facts["pairs"]: shares for group in groups if (shares := last(group, "accuracy"))}
         pairs, style = sorted(points), "x" if mixer.endswith("wide") else "o-"
-        axes.plot(pairs, [sum(points[n]) / len(points[n]) for n in pairs], style, label=mixer.replace("_", " "))
+        axes.plot(pairs, [100 * sum(points[n]) / len(points[n]) for n in pairs], style, label=mixer.replace("_", " "))
     axes.set(xlabel="largest number of pairs", ylabel="values recalled (%)")
     axes.set_xscale("log", base=2)
     axes.legend(frameon=False, fontsize=8)

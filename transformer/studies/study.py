@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from typing import Any
 
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.studies import STUDIES
+from transformer.training import DIVERGED
 from transformer.training.metrics import read_metrics
 
 
@@ -92,24 +94,27 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
             return
         raise ConfigError(f"{record} is of another configuration: choose another --workdir, or delete it")
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    wanted = workdir.parent / f"{workdir.name}.config.json"
-    wanted.write_text(to_json(config))
-    # A process of its own, so that a run that takes all memory does not take the study with it.
-    program = "from transformer.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", "--config", str(wanted), "--workdir", str(workdir)]
     search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)})
-    if status > 128:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.json"
+        recipe.write_text(to_json(config))
+        # A process of its own, so that a run that takes all memory does not take the study with it.
+        program = "from transformer.cli import main; main()"
+        command = [sys.executable, "-c", program, "train", "--config", str(recipe), "--workdir", str(workdir)]
+        status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)})
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         # It saved its state, and goes on when the study does.
-        raise KeyboardInterrupt
-    records = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
-    if status > 1 or not records:
-        raise ConfigError(f"{trial.name}, seed {seed}: training ended with status {status}")
+        raise SystemExit(status)
+    if status not in (0, DIVERGED):
+        raise ConfigError(
+            f"{trial.name}, seed {seed}: training ended with status {status}; what it saved is in {workdir}"
+        )
+    records = read_metrics(workdir / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "validation"]
     outcome = {
         "seed": seed,
         "parameters": _num_parameters(from_json((workdir / "config.json").read_text())),
-        "diverged": status == 1,
+        "diverged": status == DIVERGED,
         "final": {n: v for n, v in validations[-1].items() if isinstance(v, float)} if validations else {},
         "curve": [(record["step"], record["cross_entropy"]) for record in validations],
         "config": json.loads(to_json(config)),
@@ -117,18 +122,16 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     write_atomically(record, json.dumps(outcome) + "\n")
     # What the study needs is in the record; the weights of a hundred runs would fill a disk.
     shutil.rmtree(workdir)
-    wanted.unlink()
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     """Runs a command and returns its status; a signal to this process is the command's, which saves its state first."""
-    process = subprocess.Popen(command, env=environment)
-    # Ctrl-C reaches both, and a second signal would not let it save.
-    handlers: dict[signal.Signals, Any] = {
-        signal.SIGTERM: lambda *_: process.send_signal(signal.SIGTERM),
-        signal.SIGINT: lambda *_: None,
+    # In a session of its own, or Ctrl-C would reach it twice, and the second would not let it save.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    before = {
+        number: signal.signal(number, lambda received, _: process.send_signal(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         status = process.wait()
     finally:
@@ -196,6 +199,11 @@ def by_trial(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     for outcome in outcomes:
         groups.setdefault(outcome.name, []).append(outcome)
     return groups
+
+
+def last(group: Sequence[Outcome], name: str) -> list[float]:
+    """Returns what the last validation of each run measured, of those that did not diverge."""
+    return [outcome.final[name] for outcome in group if outcome.final and not outcome.diverged]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

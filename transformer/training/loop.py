@@ -24,6 +24,7 @@ from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
 from transformer.optimizers import is_averaged, make_optimizer, replace_average
 from transformer.parallel.sharding import batch_sharding, global_array, local_rows, make_mesh, replicated
+from transformer.training import DIVERGED
 from transformer.training.evaluation import Evaluator
 from transformer.training.preemption import Signals, Vote
 from transformer.training.report import Report
@@ -35,7 +36,7 @@ def run(config: Config, workdir: Path) -> int:
     """Trains until `train.num_steps`, from the last checkpoint in `workdir` if there is one.
 
     Returns the exit status: 0 when the run is finished, 143 after SIGTERM and 130 after SIGINT with the state saved,
-    1 when too many gradients in a row were not finite. Raises ConfigError for a mistake of the user's, before
+    DIVERGED when too many gradients in a row were not finite. Raises ConfigError for a mistake of the user's, before
     anything is compiled.
     """
     validate(config)
@@ -225,7 +226,7 @@ class Loop:
             self.report.message(f"step {step}: the gradient is not finite; skipped ({nonfinite} in a row)")
         if nonfinite >= self.config.train.max_nonfinite_steps:
             self.report.message(f"stopping: {nonfinite} steps in a row had a gradient that is not finite")
-            return 1
+            return DIVERGED
         signal = self.vote.read(vote)
         return 128 + signal if signal else 0
 
