@@ -35,10 +35,18 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
-def make_run(directory: Path, tokenizer: Tokenizer = TOKENIZER, seed: int = 3, **changes: Any) -> Path:
+def make_run(
+    directory: Path,
+    tokenizer: Tokenizer = TOKENIZER,
+    seed: int = 3,
+    objective: str = "",
+    num_marks: int = 0,
+    **changes: Any,
+) -> Path:
     """Writes a run directory with the parameters of `build`, as if they had been trained."""
-    model, params = build(seed, tokenizer.vocab_size, **changes)
-    objective = {"decoder": "causal", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}[model.config.architecture]
+    model, params = build(seed, tokenizer.vocab_size + num_marks, **changes)
+    usual = {"decoder": "causal", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}
+    objective = objective or usual[model.config.architecture]
     config = replace(
         Config(),
         model=dataclasses.asdict(model.config) | {"num_positions": 32},
@@ -67,6 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(place / "decoder")
     make_run(place / "draft", seed=9)
     make_run(place / "pairs", **READER)
+    make_run(place / "middle", objective="fill_in_the_middle", num_marks=3)
     return place
 
 
@@ -173,6 +182,21 @@ def test_stop_strings(ask: Callable[..., str]) -> None:
     assert found == [text.partition(stop)[0] for text in whole] != whole
 
 
+def test_a_gap_is_filled_in_where_it_stands(ask: Callable[..., str]) -> None:
+    """In every way that texts are found, and with no mark in what is written."""
+    flags = ("--prompt", "ab_cd", "--gap", "_", "--temperature", "0")
+    [text] = json.loads(ask("middle", *flags, "--json"))
+    assert text["prompt"] == "ab_cd" and text["text"] and "_" not in text["text"]
+    whole = f"ab{text['text']}cd\n"
+    assert ask("middle", *flags) == whole
+    assert ask("middle", *flags, "--num-samples", "2") == f"--- 0\n{whole}--- 1\n{whole}"
+    assert ask("middle", *flags, "--draft", "middle") == f"--- 0\n{whole}"
+    assert ask("middle", *flags[:4], "--beams", "1", "--length-penalty", "0") == f"--- 0\n{whole}"
+    drawn = json.loads(ask("middle", *flags[:4], "--temperature", "9", "--num-samples", "16", "--json"))
+    assert {token for text in drawn for token in text["tokens"]} <= set(range(TOKENIZER.vocab_size))
+    assert len({text["text"] for text in drawn}) > 8
+
+
 MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "beams and drawing": (
         "pairs",
@@ -222,6 +246,19 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
             "a prompt of 61 tokens and 200 new ones are more than model.num_positions = 32, "
             "the positions that the model has learned"
         ],
+    ),
+    "a gap that cannot be filled in": (
+        "decoder",
+        ["--gap", "_"],
+        [
+            "--gap = '_': only a model trained with objective.name = 'fill_in_the_middle', and this run's is 'causal', "
+            "can fill it in"
+        ],
+    ),
+    "a prompt without its gap": (
+        "middle",
+        ["--gap", "_", "--prompt", "ab"],
+        ["--gap = '_': must stand once in a prompt, not 0 times as in 'ab'"],
     ),
     "a begin": (
         "decoder",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transformer.config import ConfigError, ModelConfig
+from transformer.config import Config, ConfigError, ModelConfig, replace
 from transformer.data.tokenizers import BOS, EOS, ByteTokenizer
 from transformer.inference.prompts import (
     batches_by_length,
@@ -17,6 +17,7 @@ from transformer.inference.prompts import (
     read_prompts,
 )
 from transformer.models.transformer import Transformer
+from transformer.objectives import objective_of
 
 TOKENIZER = ByteTokenizer()
 
@@ -56,6 +57,24 @@ def test_an_encoder_reads_its_prompts_from_the_first_column_to_their_end() -> No
     assert columns(begun.batch, 0) == columns(begun.batch, 1) == [(BOS, 0), (ord("c") + 4, 1)]
     with pytest.raises(ConfigError, match="only an encoder-decoder begins its texts apart"):
         check_prompts(model_of(), TOKENIZER, ["ab"], 5, "c")
+
+
+def test_a_middle_is_asked_for_as_in_training() -> None:
+    """And the text that the middle continues is what stands before the gap."""
+    prompts = encode_prompts(model_of(vocab_size=263), TOKENIZER, ["ab__c", "__"], gap="__")
+    prefix, suffix, middle = 260, 261, 262
+    tokens = [token for token, _ in columns(prompts.batch, 0)]
+    assert tokens == [BOS, prefix, ord("a") + 4, ord("b") + 4, suffix, ord("c") + 4, middle]
+    assert [token for token, _ in columns(prompts.batch, 1)] == [BOS, prefix, suffix, middle]
+    assert [begin.tolist() for begin in prompts.begins] == [[BOS, 101, 102], [BOS]]
+    config = replace(Config(), objective={"name": "fill_in_the_middle", "middle_rate": 1.0, "suffix_first_rate": 0.0})
+    ids = np.array([BOS, *TOKENIZER.encode("abc"), EOS], np.int32)
+    rows = {"inputs": ids, "targets": ids, "segment_ids": np.ones(5, int), "weights": np.array([1.0] * 4 + [0.0])}
+    made = [objective_of(config).example(config, TOKENIZER, rows, np.random.default_rng(s)) for s in range(50)]
+    assert any(row["inputs"].tolist() == [*tokens, EOS] for row in made)
+    for count, prompt in ((0, "ab"), (2, "a__b__")):
+        with pytest.raises(ConfigError, match=f"must stand once in a prompt, not {count} times as in '{prompt}'"):
+            check_prompts(model_of(), TOKENIZER, ["__", prompt], 1, gap="__")
 
 
 def test_learned_positions_bound_what_is_read_and_what_is_written() -> None:

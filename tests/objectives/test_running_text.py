@@ -11,7 +11,7 @@ from transformer.config import Config, ConfigError, problems_of, replace
 from transformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import Transformer
-from transformer.objectives import OBJECTIVES, fill_in_the_middle, objective_of, span_corruption
+from transformer.objectives import OBJECTIVES, objective_of, span_corruption, with_window
 from transformer.objectives import mixture_of_denoisers as mixture
 from transformer.objectives.objective import ExampleMaker
 from transformer.training.step import make_gradient
@@ -41,6 +41,13 @@ def window_of(length: int, rng: np.random.Generator, documents: int = 3) -> dict
     same = (number[1:] == number[:-1]).astype(np.float32)
     row = {"inputs": tokens[:-1], "targets": tokens[1:], "positions": position[:-1], "segment_ids": number[:-1]}
     return row | {"weights": same}
+
+
+def put_back(source: np.ndarray, target: np.ndarray, first_mark: int) -> np.ndarray:
+    """Returns the text from which spans were removed."""
+    marks = np.flatnonzero(target >= first_mark)
+    spans = {int(part[0]): part[1:] for part in np.split(target, marks)[1:]}
+    return np.concatenate([spans.get(int(token), np.array([token])) for token in source])
 
 
 def made(config: Config, window: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
@@ -121,7 +128,7 @@ def test_removed_spans_can_be_put_back(rate, mean):
         for _ in range(50):
             tokens = rng.integers(4, 260, length).astype(np.int32)
             source, target = span_corruption.remove_spans(tokens, spans, 260, rng)
-            assert span_corruption.restore(source, target, 260).tolist() == tokens.tolist()
+            assert put_back(source, target, 260).tolist() == tokens.tolist()
             removed, count = spans.counts(length)
             marks = source[source >= 260]
             assert marks.tolist() == target[target >= 260].tolist() == list(range(260, 260 + count))
@@ -153,7 +160,7 @@ def test_a_mixture_of_denoisers_draws_them_all_alike_and_says_which():
         row = made(config, window, seed)
         mode = int(row["encoder_inputs"][0]) - 260
         source, target = row["encoder_inputs"][1:-1], row["targets"][:-1]
-        assert span_corruption.restore(source, target, first_mark).tolist() == window["inputs"].tolist()
+        assert put_back(source, target, first_mark).tolist() == window["inputs"].tolist()
         modes.append(mode)
         shares[mode].append(np.mean(target < first_mark))
         if mode == mixture.MODES.index("sequential"):
@@ -211,6 +218,16 @@ def test_whole_words_are_chosen_whole():
 # Filling in the middle.
 
 
+def whole_again(tokens: np.ndarray, first_mark: int) -> np.ndarray:
+    """Returns the text that was taken apart, without its end; or its tokens, if it was not."""
+    begin = tokens[:1] if tokens[0] == TOKENIZER.bos else tokens[:0]
+    tokens = tokens[len(begin) :]
+    if not len(tokens) or tokens[0] != first_mark:
+        return np.concatenate([begin, tokens])
+    after, between = (int(np.flatnonzero(tokens == first_mark + mark)[0]) for mark in (1, 2))
+    return np.concatenate([begin, tokens[1:after], tokens[between + 1 : -1], tokens[after + 1 : between]])
+
+
 @pytest.mark.parametrize("suffix_first", [0.0, 1.0, 0.5])
 def test_filling_in_the_middle_restores_every_document(suffix_first):
     config = config_of("fill_in_the_middle", 128, middle_rate=0.7, suffix_first_rate=suffix_first)
@@ -219,6 +236,11 @@ def test_filling_in_the_middle_restores_every_document(suffix_first):
     taken_apart = total = 0
     for seed in range(200):
         window = window_of(length, rng, documents=1 + seed % 4)
+        if seed % 2:
+            # As documents end: where another begins, and here at the end of the row too.
+            window["inputs"][np.append(window["segment_ids"][1:] > window["segment_ids"][:-1], True)] = TOKENIZER.eos
+            window["targets"][:-1] = window["inputs"][1:]
+            window["weights"][-1] = 0
         row = made(config, window, seed)
         for segment in range(1, 2 + seed % 4):
             own, new = window["segment_ids"] == segment, row["segment_ids"] == segment
@@ -226,14 +248,18 @@ def test_filling_in_the_middle_restores_every_document(suffix_first):
             before, after = window["inputs"][own], row["inputs"][new]
             if window["weights"][own][-1]:
                 before, after = np.append(before, window["targets"][own][-1]), np.append(after, row["targets"][new][-1])
-            assert fill_in_the_middle.restore(after, 260).tolist() == before.tolist()
+            is_apart = 260 in after
+            assert whole_again(after, 260).tolist() == before[: -1 if is_apart and seed % 2 else None].tolist()
+            if before[0] == TOKENIZER.bos:
+                assert after[0] == TOKENIZER.bos
             np.testing.assert_array_equal(row["targets"][new][:-1], row["inputs"][new][1:])
             assert row["weights"][new][:-1].all() and row["weights"][new][-1] == window["weights"][own][-1]
             assert row["positions"][new].tolist() == list(range(new.sum()))
-            if after[0] == 260:
-                assert (after[1] == 261) >= (suffix_first == 1.0)
-                assert after[-1] == TOKENIZER.eos
-            taken_apart, total = taken_apart + (after[0] == 260), total + 1
+            if is_apart:
+                place = int(np.flatnonzero(after == 260)[0])
+                assert (after[place + 1] == 261) >= (suffix_first == 1.0)
+                assert after.tolist().index(TOKENIZER.eos) == len(after) - 1
+            taken_apart, total = taken_apart + is_apart, total + 1
     # Two marks' room for each window: with more documents some stay whole.
     assert 0.4 < taken_apart / total < 0.7
 
@@ -322,3 +348,11 @@ def test_what_an_objective_needs_of_the_model_is_told(name):
     assert len(found) == 1 and f"objective.name = {name!r} needs '{good}'" in found[0].replace("'encoder' or ", "")
     heads = replace(Config(), objective={"name": "multi_token"})
     assert any("model.num_future_tokens = 0" in problem for problem in problems_of(heads))
+
+
+def test_more_text_than_an_example_holds_is_refused():
+    config = config_of("fill_in_the_middle", 128)
+    assert with_window(config).data.window_length == 120
+    assert with_window(replace(config, data={"window_length": 100})).data.window_length == 100
+    with pytest.raises(ConfigError, match="window_length = 121: an example holds 120 tokens of text at most"):
+        with_window(replace(config, data={"window_length": 121}))

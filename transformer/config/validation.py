@@ -6,14 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
-from transformer.config.model import (
-    RECURRENT,
-    FeedForwardKind,
-    Mixer,
-    ModelConfig,
-    Pattern,
-    parse_layers,
-)
+from transformer.config.model import RECURRENT, FeedForwardKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
     Config,
     ConfigError,

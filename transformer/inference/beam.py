@@ -155,6 +155,7 @@ def beam_search(
     num_best: int = 1,
     prefix: bool = False,
     begin: str = "",
+    gap: str = "",
 ) -> list[list[Generation]]:
     """Returns for each prompt the `num_best` texts with the highest scores that `num_beams` beams find, best first.
 
@@ -164,13 +165,13 @@ def beam_search(
     more. Prompts are read as by `generate`, and the same mistakes raise ConfigError.
     """
     assert 1 <= num_best <= num_beams and alpha >= 0
-    check_prompts(model, tokenizer, prompts, max_tokens, begin)
-    encoded = encode_prompts(model, tokenizer, prompts, prefix=prefix, begin=begin)
+    check_prompts(model, tokenizer, prompts, max_tokens, begin, gap)
+    encoded = encode_prompts(model, tokenizer, prompts, prefix=prefix, begin=begin, gap=gap)
     settings = {
         "limit": np.int32(max_tokens),
         "alpha": np.float32(alpha),
         "eos": np.int32(tokenizer.eos),
-        "forbidden": forbidden_tokens(tokenizer),
+        "forbidden": forbidden_tokens(model, tokenizer),
     }
     # Each step attends to, and moves, every column that there is room for: the cache begins short.
     length, longest = bucket(encoded.width + SMALLEST_BUCKET), bucket(encoded.width + max_tokens)

@@ -36,6 +36,8 @@ class TextOptions:
     """That field; empty: data.source_field of the run for an encoder-decoder, data.text_field for a decoder."""
     target_prefix: str = ""
     """What every text of an encoder-decoder begins with."""
+    gap: str = ""
+    """Mark that stands in each prompt where a text is to be filled in, by a run of objective fill_in_the_middle."""
     output: str = ""
     """File to write: a text a line, line breaks inside it as spaces, or JSON lines with --json or as .jsonl."""
     batch_size: int = 32
@@ -103,7 +105,7 @@ def problems_of(options: GenerateOptions) -> list[str]:
     expect(0 < options.repetition_penalty < float("inf"), "repetition_penalty", "greater than 0")
     expect(0 <= options.beams <= 2**12, "beams", f"from 0 to {2**12}")
     expect(0 <= options.length_penalty < float("inf"), "length_penalty", "at least 0")
-    for name in ("prompt", "stop", "target_prefix"):
+    for name in ("prompt", "stop", "target_prefix", "gap"):
         value = getattr(options, name)
         broken = [text for text in ([value] if isinstance(value, str) else value) if not _is_unicode(text)]
         problems += [f"--{name.replace('_', '-')} = {text!r}: is not UTF-8" for text in broken]
@@ -135,6 +137,9 @@ def write_texts(options: GenerateOptions, run: Any, config: Config, mesh: Any) -
     if target is not None and not target.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: the directory {target.parent} does not exist")
     prompts = _prompts(options, run.config)
+    if options.gap and run.config.objective.name != "fill_in_the_middle":
+        known = f"objective.name = 'fill_in_the_middle', and this run's is {run.config.objective.name!r}"
+        raise ConfigError(f"--gap = {options.gap!r}: only a model trained with {known}, can fill it in")
     many = options.num_samples > 1 or len(prompts) > 1 or options.prompt_file or options.output
     # A text is continued where it stands; what is written about a prompt stands alone.
     continues = run.config.model.architecture == "decoder"
@@ -143,9 +148,13 @@ def write_texts(options: GenerateOptions, run: Any, config: Config, mesh: Any) -
         def show(_: int, piece: str) -> None:
             print(piece, end="", flush=True)
 
-        show(0, prompts[0] if continues else options.target_prefix)
+        if options.gap:
+            before, _, after = prompts[0].partition(options.gap)
+        else:
+            before, after = prompts[0] if continues else options.target_prefix, ""
+        show(0, before)
         _generations(options, run, config, mesh, prompts, show)
-        print()
+        print(after)
         return
     texts = _generations(options, run, config, mesh, prompts)
     records = [{name: value for name, value in dataclasses.asdict(text).items() if value is not None} for text in texts]
@@ -160,7 +169,9 @@ def write_texts(options: GenerateOptions, run: Any, config: Config, mesh: Any) -
         print("\n".join(lines))
     else:
         for number, text in enumerate(texts):
-            print(f"--- {number}\n{text.prompt if continues else options.target_prefix}{text.text}")
+            before = text.prompt if continues else options.target_prefix
+            whole = text.prompt.replace(options.gap, text.text) if options.gap else before + text.text
+            print(f"--- {number}\n{whole}")
 
 
 def _prompts(options: GenerateOptions, config: Config) -> list[str]:
@@ -193,7 +204,7 @@ def _generations(
 
     with jax.set_mesh(mesh):
         model, params, _ = load_parameters(run, mesh, options.step, options.best, options.average)
-        check_prompts(model, run.tokenizer, prompts, options.max_tokens, options.target_prefix)
+        check_prompts(model, run.tokenizer, prompts, options.max_tokens, options.target_prefix, options.gap)
         method = _method(options, run, config, mesh, model, params, on_text)
         num_draws = 1 if options.beams else options.num_samples
         rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_draws)]
@@ -218,21 +229,22 @@ def _method(
     from transformer.inference.sampling import Sampling
 
     given = (model, params, run.tokenizer)
-    max_tokens, begin, stop, seed = options.max_tokens, options.target_prefix, options.stop, config.seed
+    max_tokens, stop, seed = options.max_tokens, options.stop, config.seed
     prefix = run.config.objective.name == "prefix_lm"
+    read = {"begin": options.target_prefix, "gap": options.gap}
     if options.beams:
         from transformer.inference.beam import beam_search
 
         search = partial(
             beam_search, num_beams=options.beams, alpha=options.length_penalty, num_best=options.num_samples
         )
-        return lambda texts, _: search(*given, texts, max_tokens, prefix=prefix, begin=begin)
+        return lambda texts, _: search(*given, texts, max_tokens, prefix=prefix, **read)
     temperature = 0.8 if options.temperature is None else options.temperature
     sampling = Sampling(temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     if not options.draft:
         from transformer.inference.generate import generate
 
-        draw = partial(generate, stop=stop, seed=seed, prefix=prefix, begin=begin, on_text=on_text)
+        draw = partial(generate, stop=stop, seed=seed, prefix=prefix, **read, on_text=on_text)
         return lambda texts, rows: [[text] for text in draw(*given, texts, max_tokens, sampling, rows=rows)]
     from transformer.checkpointing.loading import load_parameters
     from transformer.checkpointing.run import load_run
@@ -243,9 +255,7 @@ def _method(
     check_draft(model, run.tokenizer, draft, other.tokenizer, options.draft_tokens)
     both = ((model, draft), (params, draft_params), run.tokenizer)
     sees = (prefix, other.config.objective.name == "prefix_lm")
-    draw_both = partial(
-        speculate, num_draft_tokens=options.draft_tokens, stop=stop, seed=seed, prefix=sees, begin=begin
-    )
+    draw_both = partial(speculate, num_draft_tokens=options.draft_tokens, stop=stop, seed=seed, prefix=sees, **read)
 
     def draw_with_draft(texts: Sequence[str], rows: Sequence[tuple[int, int]]) -> list[list["Generation"]]:
         found, acceptance = draw_both(*both, texts, max_tokens, sampling, rows=rows)

@@ -16,7 +16,7 @@ from transformer.inference.sampling import Sampling, key_of, sample_logits
 from transformer.inference.text import Generation, Text
 from transformer.models.cache import Cache
 from transformer.models.parameters import Tree
-from transformer.models.transformer import MASKED_LOGIT, Transformer, apply, empty_cache
+from transformer.models.transformer import Transformer, apply, empty_cache
 from transformer.parallel.sharding import constrain
 
 TOKENS_BETWEEN_STOPS = 16
@@ -65,7 +65,6 @@ def tokens_seen(model: Transformer, batch: dict[str, Array]) -> Bool[Array, "B V
 def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
     """Returns the state with a token of each row drawn from its logits."""
     number = state["number"]
-    logits = logits.at[:, draw["forbidden"]].set(MASKED_LOGIT)
 
     def of_row(row: Array, logits: Array, seen: Array) -> Array:
         return sample_logits(logits, key_of(draw["seed"], row, number), draw, seen)
@@ -109,11 +108,11 @@ def _go_on(model: Transformer, params: Tree, state: State, draw: Draw, limit: Ar
 
 
 def how_to_draw(
-    tokenizer: Tokenizer, sampling: Sampling, seed: int, rows: Sequence[tuple[int, int]]
+    model: Transformer, tokenizer: Tokenizer, sampling: Sampling, seed: int, rows: Sequence[tuple[int, int]]
 ) -> dict[str, np.generic | np.ndarray]:
     """Returns a `Draw` in NumPy."""
     numbers = {"seed": np.uint32(seed % 2**32), "rows": np.array(rows, np.int32), "eos": np.int32(tokenizer.eos)}
-    return sampling.arrays() | numbers | {"forbidden": forbidden_tokens(tokenizer)}
+    return sampling.arrays() | numbers | {"forbidden": forbidden_tokens(model, tokenizer)}
 
 
 def generate(
@@ -128,20 +127,22 @@ def generate(
     seed: int = 0,
     prefix: bool = False,
     begin: str = "",
+    gap: str = "",
     rows: Sequence[tuple[int, int]] | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Returns a text for each prompt, of `max_tokens` new tokens or up to its end or a `stop` string.
 
     A decoder continues its prompts; with `prefix`, for models of objective `prefix_lm`, it sees them both ways. An
-    encoder-decoder reads them and writes about each a text that goes on after `begin`. What a row draws depends on the
+    encoder-decoder reads them and writes about each a text that goes on after `begin`. With a `gap`, for models of objective
+    `fill_in_the_middle`, it writes what stands in the place of that mark in each prompt. What a row draws depends on the
     seed, its prompt, and its numbers in `rows` (of prompt and sample; (0, 0), (1, 0), … if left out), not on the other
     rows. `on_text(row, piece)` is called with each piece of text as soon as it is whole characters and sure to stay.
     `params` may lie on one device or on a mesh. Raises ConfigError as `check_prompts` does.
     """
-    check_prompts(model, tokenizer, prompts, max_tokens, begin)
-    encoded = encode_prompts(model, tokenizer, prompts, prefix=prefix, begin=begin)
-    draw = how_to_draw(tokenizer, sampling, seed, rows or [(row, 0) for row in range(len(prompts))])
+    check_prompts(model, tokenizer, prompts, max_tokens, begin, gap)
+    encoded = encode_prompts(model, tokenizer, prompts, prefix=prefix, begin=begin, gap=gap)
+    draw = how_to_draw(model, tokenizer, sampling, seed, rows or [(row, 0) for row in range(len(prompts))])
     texts = [Text(tokenizer, ids, stop) for ids in encoded.begins]
     stride = 1 if on_text is not None else TOKENS_BETWEEN_STOPS if stop else max_tokens
     with placing(params) as put:

@@ -59,15 +59,20 @@ def max_new_tokens(model: Transformer, num_prompt_tokens: int, num_begin_tokens:
 
 
 def check_prompts(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, begin: str = ""
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, begin: str = "", gap: str = ""
 ) -> None:
-    """Raises ConfigError where the model writes no text, and where positions are learned and run out."""
+    """Raises ConfigError where the model writes no text, where positions are learned and run out, and for a prompt without
+    its one gap."""
     if not can_generate(model):
         kind = f"model.num_labels = {model.config.num_labels}, a classifier," if model.classifier else "an encoder"
         raise ConfigError(f"the model cannot generate: {kind} writes no text")
     if begin and model.encoder is None:
         raise ConfigError("only an encoder-decoder begins its texts apart from the prompt: write both in the prompt")
-    longest = max(len(tokenizer.encode(prompt)) for prompt in prompts) + 1
+    for prompt in prompts if gap else ():
+        if (count := prompt.count(gap)) != 1:
+            told = prompt if len(prompt) <= 60 else prompt[:60] + "..."
+            raise ConfigError(f"--gap = {gap!r}: must stand once in a prompt, not {count} times as in {told!r}")
+    longest = max(len(_ids(tokenizer, prompt, gap)) for prompt in prompts) + 1
     room = max_new_tokens(model, longest, len(tokenizer.encode(begin)))
     if room is not None and max_tokens > room:
         raise ConfigError(
@@ -77,24 +82,39 @@ def check_prompts(
 
 
 def encode_prompts(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], *, prefix: bool = False, begin: str = ""
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    prefix: bool = False,
+    begin: str = "",
+    gap: str = "",
 ) -> Prompts:
     """Returns the batch of a model's first pass.
 
-    A decoder's prompts end in the same column, after padding; with `prefix` all of a prompt is seen both ways. An encoder
-    reads its prompts from the first column on, each up to its end, and all of the decoder's texts start with `begin`.
+    A decoder's prompts end in the same column, after padding; with `prefix` all of a prompt is seen both ways, and one with a
+    `gap` is asked for what belongs there. An encoder reads its prompts from the first column on, each up to its end, and
+    all of the decoder's texts start with `begin`.
     """
-    texts = [tokenizer.encode(prompt) for prompt in prompts]
+    texts = [_ids(tokenizer, prompt, gap) for prompt in prompts]
     width = bucket(max(map(len, texts)) + 1)
     first = np.array([tokenizer.bos], np.int32)
     if model.encoder is None:
-        begins = [np.concatenate([first, text]).astype(np.int32) for text in texts]
-        batch = _columns("", begins, width, left=True)
+        batch = _columns("", [np.append(first, text) for text in texts], width, left=True)
+        begins = [np.append(first, tokenizer.encode(prompt.split(gap)[0] if gap else prompt)) for prompt in prompts]
         return Prompts(batch | ({"prefix": batch["segment_ids"] == 1} if prefix else {}), begins)
     sources = [np.append(text, tokenizer.eos).astype(np.int32) for text in texts]
     begins = [np.concatenate([first, tokenizer.encode(begin)]).astype(np.int32)] * len(texts)
     read = _columns("encoder_", sources, width, left=False)
     return Prompts(read | _columns("", begins, len(begins[0]), left=True), begins)
+
+
+def _ids(tokenizer: Tokenizer, prompt: str, gap: str) -> Int[np.ndarray, "..."]:
+    if not gap:
+        return tokenizer.encode(prompt)
+    from transformer.objectives.fill_in_the_middle import question
+
+    return question(tokenizer, *map(tokenizer.encode, prompt.split(gap)))
 
 
 def _columns(name: str, rows: Sequence[np.ndarray], width: int, left: bool) -> dict[str, np.ndarray]:
@@ -106,11 +126,12 @@ def _columns(name: str, rows: Sequence[np.ndarray], width: int, left: bool) -> d
     return batch
 
 
-def forbidden_tokens(tokenizer: Tokenizer) -> Int[np.ndarray, "..."]:
-    """Returns the tokens that no text has inside: padding, and the begin of a text."""
+def forbidden_tokens(model: Transformer, tokenizer: Tokenizer) -> Int[np.ndarray, "..."]:
+    """Returns the tokens that no text has inside: padding, the begin of a text, and a decoder's marks around a middle."""
     # In a foreign tokenizer 0 may be an ordinary token, and one token may stand for begin and end.
     found = [t for t in (PAD, tokenizer.bos) if t != tokenizer.eos and not tokenizer.decode([t])]
-    return np.array(found, np.int32)
+    added = range(tokenizer.vocab_size, model.config.vocab_rows) if model.encoder is None else ()
+    return np.array([*found, *added], np.int32)
 
 
 def batches_by_length(tokenizer: Tokenizer, prompts: Sequence[str], batch_size: int) -> list[list[int]]:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
+from transformer.models.transformer import MASKED_LOGIT
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,9 +38,12 @@ def kept_logits(
 ) -> Float[Array, "V"]:
     """Returns logits of the distribution that is drawn from, -inf for what it leaves out; at temperature 0 it has one token.
 
-    `sampling` has what `Sampling.arrays` returns, `seen` the tokens that have occurred. The penalty divides a logit, or
-    multiplies it where it is negative, so that it always makes a token less likely.
+    `sampling` has what `Sampling.arrays` returns, and may have the tokens that are `forbidden`; `seen` are those that have
+    occurred. The penalty divides a logit, or multiplies it where it is negative, so that it always makes a token less
+    likely.
     """
+    if "forbidden" in sampling:
+        logits = logits.at[sampling["forbidden"]].set(MASKED_LOGIT)
     temperature, penalty = sampling["temperature"], sampling["repetition_penalty"]
     if seen is not None:
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

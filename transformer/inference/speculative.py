@@ -91,7 +91,7 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
     propose_key, judge_key = jax.random.split(key_of(draw["seed"], state["row"], state["rounds"] + 1))
 
     def kept(logits: Array, seen: Array) -> Array:
-        return kept_logits(logits.at[draw["forbidden"]].set(MASKED_LOGIT), draw, seen)
+        return kept_logits(logits, draw, seen)
 
     def propose(carry: Any, number: Array) -> Any:
         token, cache, seen = carry
@@ -121,6 +121,9 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
 
     new = jnp.where(places < accepted, jnp.append(proposed, 0), token)
     ends = (new == draw["eos"]) & (places <= accepted)
+    # What the draft proposed beyond the end of a text, or the limit, is of no use.
+    first_end = jnp.where(jnp.any(ends), jnp.argmax(ends) + 1, accepted)
+    kept = jnp.minimum(jnp.minimum(accepted, first_end), draw["limit"] - state["count"])
     texts = jax.lax.dynamic_update_slice(state["tokens"], new, (state["count"],))
     total = state["count"] + gained
     return state | {
@@ -132,7 +135,7 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
         "count": total,
         "seen": seen_before[accepted].at[token].set(True),
         "rounds": state["rounds"] + ~state["done"],
-        "accepted": state["accepted"] + jnp.where(state["done"], 0, accepted),
+        "accepted": state["accepted"] + jnp.where(state["done"], 0, kept),
         "done": state["done"] | jnp.any(ends) | (total >= draw["limit"]),
     }
 
@@ -141,7 +144,7 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
 def _begin(models: Models, params: tuple[Tree, Tree], batches: Any, draw: Draw, cache_length: int, room: int) -> State:
     """Returns the state after the first token, which the model draws as it would alone."""
     read = [prefill(*each, cache_length) for each in zip(models, params, batches, strict=True)]
-    logits, batch = read[0][0].at[:, draw["forbidden"]].set(MASKED_LOGIT), batches[0]
+    (logits, _), batch = read[0], batches[0]
     seen = tokens_seen(models[0], batch)
 
     def first(row: Array, logits: Array, seen: Array) -> Array:
@@ -208,6 +211,7 @@ def speculate(
     seed: int = 0,
     prefix: tuple[bool, bool] = (False, False),
     begin: str = "",
+    gap: str = "",
     rows: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[list[Generation], Acceptance]:
     """Returns texts of a model, distributed as those of `generate` and at temperature 0 the same, and what the draft was
@@ -216,16 +220,16 @@ def speculate(
     `models` are the model and its draft, which `check_draft` has passed and which proposes `num_draft_tokens` at a time.
     Prompts are read as by `generate`; the same mistakes, the draft's too, raise ConfigError.
     """
-    check_prompts(models[0], tokenizer, prompts, max_tokens, begin)
+    check_prompts(models[0], tokenizer, prompts, max_tokens, begin, gap)
     try:
-        check_prompts(models[1], tokenizer, prompts, max_tokens, begin)
+        check_prompts(models[1], tokenizer, prompts, max_tokens, begin, gap)
     except ConfigError as error:
         raise ConfigError([f"the draft: {problem}" for problem in error.problems]) from error
     encoded = [
-        encode_prompts(model, tokenizer, prompts, prefix=both_ways, begin=begin)
+        encode_prompts(model, tokenizer, prompts, prefix=both_ways, begin=begin, gap=gap)
         for model, both_ways in zip(models, prefix, strict=True)
     ]
-    draw = how_to_draw(tokenizer, sampling, seed, rows or [(row, 0) for row in range(len(prompts))])
+    draw = how_to_draw(models[0], tokenizer, sampling, seed, rows or [(row, 0) for row in range(len(prompts))])
     texts = [Text(tokenizer, ids, stop) for ids in encoded[0].begins]
     sizes = bucket(encoded[0].width + max_tokens + num_draft_tokens), bucket(max_tokens + num_draft_tokens)
     told = [0] * len(texts)

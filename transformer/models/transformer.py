@@ -19,7 +19,7 @@ from transformer.config import ModelConfig
 from transformer.models.blocks import Stack, fold_in
 from transformer.models.cache import Cache, CacheSpec, zeros
 from transformer.models.feedforward import Auxiliary
-from transformer.models.layers import Linear, as_rows, dropout, materialize
+from transformer.models.layers import Linear, as_rows, dropout, materialize, materialize_gradient
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
 from transformer.models.parameters import Tree, bind, normal, parameter
@@ -189,7 +189,8 @@ class Transformer(nnx.Module):
             if self.classifier is not None:
                 return self.classifier(hidden.astype(jnp.float32))
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
-            logits = jnp.einsum("...d,vd->...v", as_rows(hidden), table, preferred_element_type=jnp.float32)
+            columns = materialize_gradient(table.T)
+            logits = jnp.matmul(as_rows(hidden), columns, preferred_element_type=jnp.float32)
             logits = materialize(logits).reshape(*hidden.shape[:-1], -1)
             if config.logit_soft_cap:
                 logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)

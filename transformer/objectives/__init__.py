@@ -2,7 +2,7 @@
 
 import importlib
 
-from transformer.config import Config, replace
+from transformer.config import Config, ConfigError, replace
 from transformer.objectives.objective import Objective, with_examples
 from transformer.objectives.terms import Terms, normalize
 
@@ -31,6 +31,11 @@ def objective_of(config: Config) -> Objective:
 
 
 def with_window(config: Config) -> Config:
-    """Returns `config` with the length of the windows of text that its objective makes examples from."""
-    length = config.data.window_length or objective_of(config).window_length(config)
-    return replace(config, data={"window_length": length})
+    """Returns `config` with the length of the windows of text that its objective makes examples from.
+
+    Raises ConfigError if a longer one is given than fills an example.
+    """
+    longest, given = objective_of(config).window_length(config), config.data.window_length
+    if given is not None and given > longest:
+        raise ConfigError(f"data.window_length = {given}: an example holds {longest} tokens of text at most")
+    return replace(config, data={"window_length": given or longest})

@@ -2,7 +2,8 @@
 arXiv:2207.14255).
 
 A document that is taken apart becomes `PREFIX p SUFFIX s MIDDLE m END`, or with the suffix first (the paper's SPM, in its
-second variant) `PREFIX SUFFIX s MIDDLE p m END`. It is cut between tokens; END is the end of a text.
+second variant) `PREFIX SUFFIX s MIDDLE p m END`. It is cut between tokens; the begin of a text stays where it is, and END is
+its end, wherever the text was cut.
 """
 
 import numpy as np
@@ -18,21 +19,19 @@ NUM_ADDED = NUM_MARKS + 1
 """Tokens by which a document grows."""
 
 
-def _take_apart(tokens: np.ndarray, tokenizer: Tokenizer, suffix_first: bool, rng: np.random.Generator) -> np.ndarray:
-    start, stop = np.sort(rng.integers(0, len(tokens) + 1, 2))
-    prefix, middle, suffix = tokens[:start], tokens[start:stop], tokens[stop:]
+def question(tokenizer: Tokenizer, prefix: np.ndarray, suffix: np.ndarray, suffix_first: bool = False) -> np.ndarray:
+    """Returns the tokens after which the middle comes; with the suffix first, after which it comes behind the prefix."""
     before, after, between = ([tokenizer.vocab_size + number] for number in range(NUM_MARKS))
-    first, last = ([], [prefix, middle]) if suffix_first else ([prefix], [middle])
-    parts = [before, *first, after, suffix, between, *last, [tokenizer.eos]]
-    return np.concatenate(parts).astype(tokens.dtype)
+    parts = [before, after, suffix, between, prefix] if suffix_first else [before, prefix, after, suffix, between]
+    return np.concatenate(parts).astype(np.int32)
 
 
-def restore(tokens: np.ndarray, first_mark: int) -> np.ndarray:
-    """Returns a document as it was; one that was not taken apart comes back unchanged."""
-    if not len(tokens) or tokens[0] != first_mark:
-        return tokens
-    after, between = (int(np.flatnonzero(tokens == first_mark + mark)[0]) for mark in (1, 2))
-    return np.concatenate([tokens[1:after], tokens[between + 1 : -1], tokens[after + 1 : between]])
+def _take_apart(tokens: np.ndarray, tokenizer: Tokenizer, suffix_first: bool, rng: np.random.Generator) -> np.ndarray:
+    begin = tokens[:1] if tokens[0] == tokenizer.bos else tokens[:0]
+    text = tokens[len(begin) : -1 if tokens[-1] == tokenizer.eos else None]
+    start, stop = np.sort(rng.integers(0, len(text) + 1, 2))
+    asked = question(tokenizer, text[:start], text[stop:], suffix_first)
+    return np.concatenate([begin, asked, text[start:stop], [tokenizer.eos]]).astype(tokens.dtype)
 
 
 class FillInTheMiddle(Objective):

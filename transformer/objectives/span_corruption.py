@@ -53,13 +53,6 @@ def remove_spans(
     return np.concatenate(source), np.concatenate(target)
 
 
-def restore(source: np.ndarray, target: np.ndarray, first_mark: int) -> np.ndarray:
-    """Returns the text from which `remove_spans` made these."""
-    marks = np.flatnonzero(target >= first_mark)
-    spans = {int(part[0]): part[1:] for part in np.split(target, marks)[1:]}
-    return np.concatenate([spans.get(int(token), np.array([token])) for token in source])
-
-
 def pair(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -> Window:
     """Returns the row of one text to read and one to write, each ended, in which nothing else is."""
     source, target = np.append(source, tokenizer.eos), np.append(target, tokenizer.eos)
