@@ -684,6 +684,11 @@ RULES: list[tuple[dict[str, Any], str, str | None]] = [
         "model.layers = 'mingru+attention'",
     ),
     (
+        PAIRS | {"cross_attention": "luong", "parametrization": "mup"},
+        "span_corruption",
+        "model.parametrization = 'mup': it has no rules for recurrent networks and their attention; use 'standard'",
+    ),
+    (
         PAIRS | {"encoder_layers": "gru", "recurrent_width": 33},
         "span_corruption",
         "model.recurrent_width = 33: must be even, for half of an encoder's recurrent state goes each way",

@@ -1,6 +1,7 @@
 """Every kind of stack: what depends on what, and that a cache gives what one pass gives."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -317,3 +318,26 @@ def test_heads_for_further_tokens_drop_activations_too():
         )[0]
 
     assert not any(np.allclose(*pair) for pair in zip(heads(0), heads(1), strict=True))
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_heads_for_further_tokens_are_computed_again_for_their_gradient(placement):
+    """And are as without; where norms come last, a block has one already."""
+
+    def gradient(remat: str) -> tuple[Any, str]:
+        changes = {"num_future_tokens": 1, "num_layers": 1, "remat": remat, "norm_placement": placement}
+        model, params = build(changes)
+        batch = batch_of(model)
+        assert ("final_norm" in params["future"]["heads"][0]) == (placement == "pre")
+
+        def loss(params: Any) -> jax.Array:
+            future = apply(model, params, batch).future
+            assert future is not None
+            return jnp.sum(jnp.sin(future(batch["inputs"])[0][0]))
+
+        return jax.grad(loss)(params), str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    (plain, program), (again, program_again) = gradient("none"), gradient("full")
+    marks = [len(re.findall(r"(?:remat|checkpoint)\d*\[", text)) for text in (program, program_again)]
+    assert marks == [0, 2]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), plain, again)

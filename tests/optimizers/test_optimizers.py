@@ -1,5 +1,6 @@
 """Optimizers against rules written out in NumPy and double precision."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -179,6 +180,18 @@ def test_three_steps_of_adafactor_whose_moments_are_outer_products():
     assert_close(run(optimizer, params, gradients), expected, 1e-4)
     shapes = {leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, params))}
     assert shapes == {(), (1,), (2, 128), (2, 130), (2, 7)}
+
+
+def test_adafactor_does_not_count_the_rows_that_pad_a_table():
+    table = {"table": spec(6, 3, role="embedding", axes=("vocab", "embed"))}
+    padded = {"table": dataclasses.replace(table["table"], shape=(16, 3), padding_rows=10)}
+    params, gradient = random_tree(table, 0), random_tree(table, 1, 5.0)
+    with_zeros = (jax.tree.map(lambda x: np.pad(x, ((0, 10), (0, 0))), tree) for tree in (params, gradient))
+    wide_params, wide_gradient = with_zeros
+    expected = run(make_optimizer(toy(name="adafactor"), table), params, [gradient])
+    found = run(make_optimizer(toy(name="adafactor"), padded), wide_params, [wide_gradient])
+    assert_close({"table": found["table"][:6]}, expected)
+    assert not np.any(found["table"][6:])
 
 
 def test_four_steps_of_schedule_free_and_its_average():

@@ -64,6 +64,9 @@ def _linear_problems(model: ModelConfig, label: str, mixer: str, is_encoder: boo
 
 def recurrent_problems(model: ModelConfig, own: set[str], encoder: set[str]) -> Iterator[str]:
     """Yields a sentence for each mistake of a network with these mixers, itself and in its encoder."""
+    if model.parametrization == "mup":
+        rules = "it has no rules for recurrent networks and their attention; use 'standard'"
+        yield f"model.parametrization = 'mup': {rules}"
     both = model.architecture == "encoder_decoder"
     cross = f"model.cross_attention = {model.cross_attention!r}"
     if model.cross_attention != "attention" and not both:

@@ -231,7 +231,7 @@ def _method(
     given = (model, params, run.tokenizer)
     max_tokens, stop, seed = options.max_tokens, options.stop, config.seed
     prefix = run.config.objective.name == "prefix_lm"
-    read = {"begin": options.target_prefix, "gap": options.gap}
+    read: dict[str, Any] = {"begin": options.target_prefix, "gap": options.gap}
     if options.beams:
         from transformer.inference.beam import beam_search
 

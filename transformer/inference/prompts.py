@@ -114,7 +114,8 @@ def _ids(tokenizer: Tokenizer, prompt: str, gap: str) -> Int[np.ndarray, "..."]:
         return tokenizer.encode(prompt)
     from transformer.objectives.fill_in_the_middle import question
 
-    return question(tokenizer, *map(tokenizer.encode, prompt.split(gap)))
+    before, _, after = prompt.partition(gap)
+    return question(tokenizer, tokenizer.encode(before), tokenizer.encode(after))
 
 
 def _columns(name: str, rows: Sequence[np.ndarray], width: int, left: bool) -> dict[str, np.ndarray]:

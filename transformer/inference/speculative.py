@@ -123,7 +123,7 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
     ends = (new == draw["eos"]) & (places <= accepted)
     # What the draft proposed beyond the end of a text, or the limit, is of no use.
     first_end = jnp.where(jnp.any(ends), jnp.argmax(ends) + 1, accepted)
-    kept = jnp.minimum(jnp.minimum(accepted, first_end), draw["limit"] - state["count"])
+    useful = jnp.minimum(jnp.minimum(accepted, first_end), draw["limit"] - state["count"])
     texts = jax.lax.dynamic_update_slice(state["tokens"], new, (state["count"],))
     total = state["count"] + gained
     return state | {
@@ -135,7 +135,7 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
         "count": total,
         "seen": seen_before[accepted].at[token].set(True),
         "rounds": state["rounds"] + ~state["done"],
-        "accepted": state["accepted"] + jnp.where(state["done"], 0, kept),
+        "accepted": state["accepted"] + jnp.where(state["done"], 0, useful),
         "done": state["done"] | jnp.any(ends) | (total >= draw["limit"]),
     }
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import Cache, CacheSpec, keep_memory, read, write
 from transformer.models.dot_product import attend
-from transformer.models.layers import Linear, Norm, residual_scale
+from transformer.models.layers import Linear, Norm, residual_std
 from transformer.models.masks import Mask, Tokens
 from transformer.models.mixers import Bias, Context
 from transformer.models.patterns import Pattern, make_pattern
@@ -48,7 +48,7 @@ class Heads(nnx.Module):
         self.query = Linear(config, (width, queries), ("embed", "heads"))
         self.key = Linear(config, (width, keys), ("embed", "kv_heads"))
         self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
-        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_scale(config, num_layers))
+        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_std(config, num_layers))
 
     def keys_and_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Returns the key and the value of every token and head."""

@@ -163,10 +163,7 @@ class Stack(nnx.Module):
         def run(parameters: Tree, x: Any, context: Context, cache: Any, layer: Any, key: Any) -> Any:
             return bind(module, parameters)(x, context, cache, layer, fold_in(key, layer))
 
-        if config.remat != "none":
-            keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = keep_dots if config.remat == "dots" else None
-            run = jax.checkpoint(run, policy=policy, prevent_cse=not config.scan_layers)
+        run = rematerialized(config, run, prevent_cse=not config.scan_layers)
         if config.scan_layers:
 
             def step(carry: Any, this: Any) -> Any:
@@ -194,6 +191,12 @@ class Stack(nnx.Module):
         return map_cache(lambda spec: spec.stacked(self.num_periods), specs)
 
 
+def rematerialized(config: ModelConfig, run: Callable[..., Any], prevent_cse: bool = True) -> Callable[..., Any]:
+    """Returns `run`, one layer, so that it keeps for its gradient no more than `remat` says."""
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    return run if config.remat == "none" else jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
+
+
 def fold_in(key: PRNGKeyArray | None, number: Any) -> PRNGKeyArray | None:
     """Returns the key of one part of what `key` is for, None without a key."""
     if isinstance(number, int):
@@ -210,12 +213,8 @@ def unstack(tree: Tree, num_layers: int) -> list[Tree]:
     return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], tree) for layer in range(num_layers)]
 
 
-def _unstack_forward(tree: Tree, num_layers: int) -> tuple[list[Tree], None]:
-    return unstack(tree, num_layers), None
-
-
 def _unstack_backward(num_layers: int, _: None, gradients: list[Tree]) -> tuple[Tree]:
     return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),)
 
 
-unstack.defvjp(_unstack_forward, _unstack_backward)
+unstack.defvjp(lambda tree, num_layers: (unstack(tree, num_layers), None), _unstack_backward)

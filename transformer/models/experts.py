@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from transformer.config import ModelConfig
 from transformer.models.feedforward import Auxiliary
 from transformer.models.grouped import collect, dispatch, grouped_product, sort_by_group
-from transformer.models.layers import hidden_scale, residual_scale
+from transformer.models.layers import hidden_std, residual_std
 from transformer.models.mixers import Context
 from transformer.models.mlp import ACTIVATIONS, MLP
 from transformer.models.parameters import normal, parameter
@@ -36,7 +36,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, num_layers: int):
         self.config, self.router = config, Router(config)
         count, width, hidden = config.num_experts, config.width, config.expert_dim
-        into, out = normal(hidden_scale(config)), normal(residual_scale(config, num_layers))
+        into, out = normal(hidden_std(config)), normal(residual_std(config, num_layers))
         self.up = parameter((count, width, hidden), ("experts", "embed", "mlp"), into, "matrix")
         gated = config.gated
         self.gate = parameter((count, width, hidden), ("experts", "embed", "mlp"), into, "matrix") if gated else None

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from transformer.config import ModelConfig
-from transformer.models.blocks import Block, add_auxiliary, fold_in
+from transformer.models.blocks import Block, add_auxiliary, fold_in, rematerialized
 from transformer.models.feedforward import Auxiliary
 from transformer.models.layers import Linear, Norm
 from transformer.models.mixers import Context, make_bias
@@ -22,13 +22,14 @@ class FutureToken(nnx.Module):
         self.hidden_norm, self.token_norm = Norm(config), Norm(config)
         self.join = Linear(config, (2 * config.width, config.width), ("joined", "embed"))
         self.block = Block(config, config.kinds[-1], config.num_layers, True, False)
-        self.final_norm = Norm(config)
+        self.final_norm = None if config.norm_placement == "post" else Norm(config)
 
 
 class FutureTokens(nnx.Module):
     """As many further tokens as `num_future_tokens`; embedding and head are the model's."""
 
     def __init__(self, config: ModelConfig):
+        self.config = config
         self.heads = nnx.List([FutureToken(config) for _ in range(config.num_future_tokens)])
         self.bias = make_bias(config, True)
 
@@ -53,7 +54,10 @@ class FutureTokens(nnx.Module):
                 head_key = fold_in(key, number)
                 pair = [head.hidden_norm(hidden), head.token_norm(embed(shifted, fold_in(head_key, -1)))]
                 joined = head.join(jnp.concatenate(pair, axis=-1))
-                hidden, _, found = head.block(joined, context, None, 0, head_key)
-                states.append(head.final_norm(hidden))
+                run = rematerialized(
+                    self.config, lambda x, context, key, block=head.block: block(x, context, None, 0, key)
+                )
+                hidden, _, found = run(joined, context, head_key)
+                states.append(hidden if head.final_norm is None else head.final_norm(hidden))
                 auxiliary = add_auxiliary(auxiliary, found)
         return states, auxiliary

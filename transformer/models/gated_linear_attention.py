@@ -25,7 +25,8 @@ class GatedLinearAttention(GatedHeads):
         self.heads = LinearHeads(config)
         keys = config.num_heads * config.state_dim
         self.decay_down = Linear(config, (config.width, DECAY_RANK), ("embed", "state"), bias=False)
-        self.decay_up = Linear(config, (DECAY_RANK, keys), ("state", "heads"), DECAY_RANK**-0.5, bias=True)
+        # From a width that does not grow, so that under muP it is no matrix.
+        self.decay_up = Linear(config, (DECAY_RANK, keys), ("state", "heads"), DECAY_RANK**-0.5, "vector", bias=True)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int

@@ -12,7 +12,7 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.models.attention import attention_scale, remember_all, split_heads
 from transformer.models.cache import Cache, CacheSpec
 from transformer.models.dot_product import attend
-from transformer.models.layers import Linear, Norm, residual_scale
+from transformer.models.layers import Linear, Norm, residual_std
 from transformer.models.mixers import Context
 from transformer.models.patterns import make_pattern
 from transformer.models.positions import rotary_angles, rotate
@@ -38,7 +38,7 @@ class LatentAttention(nnx.Module):
         self.query_latent = None if query_latent is None else Linear(config, (width, query_latent), ("embed", "latent"))
         self.query_norm = None if query_latent is None else Norm(config, query_latent)
         self.query = Linear(config, (query_latent or width, heads * (head + rotary)), ("embed", "heads"))
-        self.output = Linear(config, (heads * head, width), ("heads", "embed"), residual_scale(config, num_layers))
+        self.output = Linear(config, (heads * head, width), ("heads", "embed"), residual_std(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int

@@ -11,14 +11,14 @@ from transformer.config import ModelConfig
 from transformer.models.parameters import Role, normal, ones, parameter, zeros
 
 
-def hidden_scale(config: ModelConfig) -> float:
+def hidden_std(config: ModelConfig) -> float:
     """Returns the standard deviation of initial weights of maps from the width; muP makes it fall with its root."""
     return config.initial_scale / math.sqrt(config.width_ratio)
 
 
-def residual_scale(config: ModelConfig, num_layers: int) -> float:
+def residual_std(config: ModelConfig, num_layers: int) -> float:
     """Returns the same for weights that write to the residual stream (Radford et al. 2019, section 2.3)."""
-    return hidden_scale(config) / (math.sqrt(2 * num_layers) if config.depth_scaled_init else 1)
+    return hidden_std(config) / (math.sqrt(2 * num_layers) if config.depth_scaled_init else 1)
 
 
 class Linear(nnx.Module):
@@ -29,11 +29,11 @@ class Linear(nnx.Module):
         config: ModelConfig,
         dims: tuple[int, int],
         axes: tuple[str, str],
-        scale: float | None = None,
+        std: float | None = None,
         role: Role = "matrix",
         bias: bool | None = None,
     ):
-        self.kernel = parameter(dims, axes, normal(hidden_scale(config) if scale is None else scale), role)
+        self.kernel = parameter(dims, axes, normal(hidden_std(config) if std is None else std), role)
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
         biased = config.biases if bias is None else bias
         self.bias = parameter(dims[1:], (bias_axis,), zeros, "bias") if biased else None

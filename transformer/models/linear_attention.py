@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.models.cache import Cache, CacheSpec
-from transformer.models.layers import Linear, residual_scale
+from transformer.models.layers import Linear, residual_std
 from transformer.models.linear_heads import LinearHeads
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
@@ -34,7 +34,7 @@ class LinearAttention(nnx.Module):
         self.config = config
         self.heads = LinearHeads(config)
         wide = config.num_heads * config.head_dim
-        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
+        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_std(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from transformer.config import ModelConfig
 from transformer.models.attention import split_heads
 from transformer.models.cache import CacheSpec
-from transformer.models.layers import Linear, residual_scale
+from transformer.models.layers import Linear, residual_std
 from transformer.models.parameters import ones, parameter
 from transformer.models.state_cache import state_specs
 
@@ -77,7 +77,7 @@ class GatedHeads(nnx.Module):
         wide = config.num_heads * config.head_dim
         self.gate = Linear(config, (config.width, wide), ("embed", "heads"))
         self.norm = GatedNorm(config, config.head_dim, centered)
-        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_scale(config, num_layers))
+        self.output = Linear(config, (wide, config.width), ("heads", "embed"), residual_std(config, num_layers))
 
     def gated(self, found: Float[Array, "B T N P"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns what the layer gives out for what its heads read."""

@@ -9,7 +9,7 @@ from transformer.config import LayerKind, ModelConfig
 from transformer.models.attention import split_heads
 from transformer.models.cache import Cache, CacheSpec
 from transformer.models.head_decay import HeadDecay
-from transformer.models.layers import Linear, residual_scale
+from transformer.models.layers import Linear, residual_std
 from transformer.models.linear_heads import GatedNorm, repeat_heads
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
@@ -42,7 +42,7 @@ class Mamba2(nnx.Module):
         self.skip = parameter((config.num_heads,), ("heads",), ones, "vector")
         self.gate = Linear(config, (width, wide), ("embed", "heads"))
         self.norm = GatedNorm(config, wide)
-        self.output = Linear(config, (wide, width), ("heads", "embed"), residual_scale(config, num_layers))
+        self.output = Linear(config, (wide, width), ("heads", "embed"), residual_std(config, num_layers))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from transformer.config import ModelConfig
 from transformer.models.feedforward import Auxiliary
-from transformer.models.layers import Linear, materialize, residual_scale
+from transformer.models.layers import Linear, materialize, residual_std
 from transformer.models.mixers import Context
 from transformer.parallel.sharding import constrain
 
@@ -33,9 +33,7 @@ class MLP(nnx.Module):
         self.config = config
         self.up = Linear(config, (config.width, config.ff_width), ("embed", "mlp"))
         self.gate = Linear(config, (config.width, config.ff_width), ("embed", "mlp")) if config.gated else None
-        self.down = Linear(
-            config, (config.ff_width, config.width), ("mlp", "embed"), residual_scale(config, num_layers)
-        )
+        self.down = Linear(config, (config.ff_width, config.width), ("mlp", "embed"), residual_std(config, num_layers))
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Auxiliary]:
         activation = ACTIVATIONS[self.config.activation]

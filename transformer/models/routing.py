@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from transformer.config import ModelConfig
 from transformer.models.feedforward import Auxiliary
-from transformer.models.layers import as_rows, hidden_scale
+from transformer.models.layers import as_rows, hidden_std
 from transformer.models.parameters import normal, parameter, zeros
 
 
@@ -43,7 +43,7 @@ class Router(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         shape = (config.width, config.num_experts)
-        self.kernel = parameter(shape, ("embed", "router"), normal(hidden_scale(config)), "matrix")
+        self.kernel = parameter(shape, ("embed", "router"), normal(hidden_std(config)), "matrix")
         self.bias = parameter(shape[1:], ("router",), zeros, "balance") if config.balance_bias_rate else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Scores:
