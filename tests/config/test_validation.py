@@ -1,12 +1,6 @@
-"""The configuration: one place for defaults, help for every key, every mistake at once, JSON and back."""
+"""What is wrong with a configuration: every mistake at once, each in a sentence that names its keys."""
 
-import ast
-import dataclasses
-import inspect
-import json
-import typing
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -14,140 +8,24 @@ from transformer.config import (
     Config,
     ConfigError,
     DataConfig,
-    LayerKind,
-    ModelConfig,
-    first_example,
-    from_json,
-    from_tree,
-    get,
     keys,
     known_vocab_size,
     mentioned,
     mesh_axes,
     mesh_problems,
-    microbatch_starts,
     nearest,
-    num_microbatches,
-    parse_layers,
     problems_of,
     replace,
-    serialization,
-    to_json,
     type_of,
     validate,
     validation,
-    warmup_steps,
-    write_atomically,
 )
-
-ROOT = Path(__file__).parent.parent
-SECTIONS = [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(item.type)]
 
 
 def changed(key: str, value: Any, start: Config | None = None) -> Config:
     section, _, name = key.rpartition(".")
     change: dict[str, Any] = {section: {name: value}} if section else {name: value}
     return replace(start or Config(), **change)
-
-
-# Keys.
-
-
-def test_defaults_are_valid() -> None:
-    assert problems_of(Config()) == []
-    assert validate(Config(), 1) == Config()
-
-
-def test_every_key_has_help_a_type_and_a_default() -> None:
-    """A field's docstring is its help text: one sentence at least, with a full stop."""
-    for kind in (Config, *(typing.cast(type, item.type) for item in SECTIONS)):
-        (body,) = ast.parse(inspect.getsource(kind)).body
-        assert isinstance(body, ast.ClassDef)
-        for this, following in zip(body.body, [*body.body[1:], None], strict=True):
-            if isinstance(this, ast.AnnAssign) and ast.unparse(this.target) not in {item.name for item in SECTIONS}:
-                assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant), ast.unparse(this)
-                text = str(following.value.value)
-                assert len(text) >= 10 and text.endswith("."), (ast.unparse(this), text)
-                assert this.value is not None, ast.unparse(this)
-    assert {key.partition(".")[0] for key in keys() if "." in key} == {item.name for item in SECTIONS}
-    assert all(type_of(key) is not None and get(Config(), key) is not Ellipsis for key in keys())
-
-
-def test_defaults_stand_nowhere_else() -> None:
-    """No fallback beside the declared default: neither `getattr` with a third argument nor `.get` on a configuration."""
-    found = []
-    for path in (ROOT / "transformer").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            fallback = isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 3
-            lookup = isinstance(node.func, ast.Attribute) and node.func.attr == "get"
-            about = [ast.unparse(node.args[0])] if fallback else []
-            about += [ast.unparse(node.func.value)] if lookup and isinstance(node.func, ast.Attribute) else []
-            names = [item.name for item in SECTIONS]
-            if any(text.split(".")[-1] in ("config", *names) for text in about) and path.parent.name != "config":
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
-    assert not found, "\n".join(found)
-
-
-def test_configuration_cannot_be_changed() -> None:
-    for part in (Config(), Config().model):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            part.seed = 3  # pyright: ignore
-
-
-def test_replace_goes_one_level_deep() -> None:
-    config = replace(Config(), model={"width": 128}, seed=4)
-    assert (config.model.width, config.seed) == (128, 4)
-    assert config.model.num_layers == Config().model.num_layers
-    assert config.data is Config().data or config.data == Config().data
-
-
-# Derived values.
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [({}, 1024), ({"activation": "swiglu"}, 704), ({"activation": "geglu", "feedforward_width": 9}, 9)],
-)
-def test_feedforward_width(changes: dict[str, Any], expected: int) -> None:
-    """8 / 3 of 256 is 682.7, up to a multiple of 64: 704."""
-    assert ModelConfig(width=256, **changes).ff_width == expected
-
-
-@pytest.mark.parametrize(("vocab", "rows"), [(1, 128), (128, 128), (129, 256), (50_257, 50_304)])
-def test_vocabulary_is_padded(vocab: int, rows: int) -> None:
-    assert ModelConfig(vocab_size=vocab).vocab_rows == rows
-
-
-def test_warmup_in_steps_or_tokens() -> None:
-    size = {"train": {"batch_size": 4}, "data": {"sequence_length": 10}}
-    assert warmup_steps(replace(Config(), **size, optimizer={"warmup_steps": 7})) == 7
-    assert warmup_steps(replace(Config(), **size, optimizer={"warmup_tokens": 80})) == 2
-    assert warmup_steps(replace(Config(), **size, optimizer={"warmup_tokens": 81})) == 3
-
-    # Of batches of 1, 2, 3, 4 and then 4 examples.
-    growing = {"batch_size": 4, "num_microbatches": 4, "batch_warmup_steps": 3}
-    for tokens, steps in ((0, 0), (1, 1), (10, 1), (11, 2), (30, 2), (31, 3), (100, 4), (101, 5), (10**30, 2**31)):
-        config = replace(Config(), **size | {"train": growing}, optimizer={"warmup_tokens": tokens})
-        assert warmup_steps(config) == steps
-
-
-@pytest.mark.parametrize(("parts", "warmup"), [(1, 0), (4, 0), (2, 1), (2, 5), (5, 7), (8, 3), (6, 1000)])
-def test_a_batch_grows_by_microbatches(parts: int, warmup: int) -> None:
-    train = {"batch_size": 3 * parts, "num_microbatches": parts, "batch_warmup_steps": warmup}
-    config = replace(Config(), train=train)
-    seen = 0
-    for step in range(warmup + 3):
-        expected = min(parts, 1 + (parts - 1) * step // warmup) if warmup else parts
-        assert num_microbatches(config, step) == expected
-        assert first_example(config, step) == seen
-        seen += 3 * expected
-    far = 2**31 - 1
-    assert first_example(config, far) == seen + (far - warmup - 3) * 3 * parts
-    assert microbatch_starts(config) == tuple(
-        next(step for step in range(warmup + 1) if num_microbatches(config, step) > part) for part in range(parts)
-    )
 
 
 # Validation. Each case is one mistake, and gives one message that names its keys.
@@ -444,123 +322,6 @@ def test_mesh_against_devices_and_batch(changes: dict[str, Any], devices: int, n
         validate(config, devices)
 
 
-# JSON.
-
-
-def test_json_there_and_back() -> None:
-    config = replace(
-        Config(),
-        data={"path": ("a", "b\n√"), "weights": (0.25,), "validation_tail": 0.3},
-        model={"vocab_size": 7, "scan_layers": True},
-        optimizer={"learning_rate": 1 / 3},
-        seed=2**32 - 1,
-    )
-    text = to_json(config)
-    assert from_json(text) == config
-    assert to_json(from_json(text)) == text
-    written = json.loads(text)
-    for key in keys():
-        node = written
-        for part in key.split("."):
-            node = node[part]
-    assert hash(from_json(text)) == hash(config), "lists have become tuples"
-
-
-def _other(key: str) -> Any:
-    """A value of a key's type that is not its default, where there is another."""
-    kind, default = type_of(key), get(Config(), key)
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return next((choice for choice in arguments if choice != default), default)
-    if arguments and typing.get_origin(arguments[0]) is Literal:
-        return typing.get_args(arguments[0])[0]
-    if typing.get_origin(kind) is tuple:
-        return (0.5, 2.0) if arguments[0] is float else ("ä\n\"'\\", "b c")
-    base = next(argument for argument in arguments if argument is not type(None)) if arguments else kind
-    return {bool: not default, int: 123, float: 0.1 + 0.2, str: "tëxt\t\u2028\0"}[base]
-
-
-def test_json_gives_back_every_key() -> None:
-    config = Config()
-    for key in keys():
-        config = changed(key, _other(key), config)
-    assert [key for key in keys() if get(config, key) == get(Config(), key)] == []
-    assert from_json(to_json(config)) == config
-
-
-def test_missing_keys_take_their_defaults_and_whole_numbers_are_floats() -> None:
-    config = from_json('{"optimizer": {"learning_rate": 1}, "data": {"weights": [1, 2]}}')
-    assert config == replace(Config(), optimizer={"learning_rate": 1.0}, data={"weights": (1.0, 2.0)})
-    assert isinstance(config.optimizer.learning_rate, float) and isinstance(config.data.weights[0], float)
-
-
-def test_every_mistake_of_a_file_is_told() -> None:
-    tree = {
-        "modle": {"width": 3},
-        "model": {"widht": 3, "num_layers": "four", "biases": 1, "num_heads": 4.0, "vocab_size": True},
-        "optimizer": {"schedule": "cosin", "learning_rate": None},
-        "data": {"path": "a.txt", "weights": [1, "x"]},
-        "train": 3,
-    }
-    with pytest.raises(ConfigError) as raised:
-        from_json(json.dumps(tree), "run/config.json")
-    problems = raised.value.problems
-    assert all(problem.startswith("run/config.json: ") for problem in problems)
-    expected = [
-        "modle is not a key",
-        "model.widht is not a key (did you mean model.width?)",
-        "model.num_layers = 'four': must be a whole number",
-        "model.biases = 1: must be True or False",
-        "model.num_heads = 4.0: must be a whole number",
-        "model.vocab_size = True: must be a whole number or None",
-        "optimizer.schedule = 'cosin': must be one of cosine, linear, wsd, inverse_sqrt, constant (did you mean cosine?)",
-        "optimizer.learning_rate = None: must be a number",
-        "data.path = 'a.txt': must be any number of values, each text",
-        "data.weights = (1.0, 'x'): must be any number of values, each a number",
-        "train must be an object, not 3",
-    ]
-    assert len(problems) == len(expected)
-    for text in expected:
-        assert any(text in problem for problem in problems), (text, problems)
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ('"seed": null', "seed = None: must be a whole number"),
-        ('"seed": true', "seed = True: must be a whole number"),
-        ('"sed": 1', "sed is not a key (did you mean seed?)"),
-        ('"width": 5', "width is not a key (did you mean model.width?)"),
-        ('"model": {"qqqqqq": 5}', "model.qqqqqq is not a key"),
-        ('"model": {"scan_layers": 1}', "model.scan_layers = 1: must be True or False or None"),
-        ('"model": {"dropout": true}', "model.dropout = True: must be a number"),
-        (
-            '"model": {"activation": {"a": [1]}}',
-            "model.activation = {'a': [1]}: must be one of gelu, gelu_exact, relu, relu_squared, silu, swiglu, geglu, reglu",
-        ),
-        ('"data": {"path": [1]}', "data.path = (1,): must be any number of values, each text"),
-        ('"data": {"weights": [[1]]}', "data.weights = ((1,),): must be any number of values, each a number"),
-        ('"data": {"validation_tail": []}', "data.validation_tail = (): must be a number or None"),
-        ('"data": {"cache_dir": null}', "data.cache_dir = None: must be text"),
-        ('"optimizer": {"epsilon": 1' + "0" * 400 + "}", f"optimizer.epsilon = {10**400}: must be a number"),
-    ],
-    ids=lambda text: text[:40],
-)
-def test_a_wrong_key_or_type_is_told_in_one_sentence(text: str, sentence: str) -> None:
-    assert from_tree(json.loads(f"{{{text}}}")) == (Config(), [sentence])
-
-
-def test_what_is_wrong_takes_its_default() -> None:
-    config, problems = from_tree({"model": {"width": "x", "num_layers": 3}})
-    assert config == replace(Config(), model={"num_layers": 3}) and len(problems) == 1
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "3", "[" * 100_000, '{"seed": ' + "1" * 5000 + "}"])
-def test_what_is_not_a_configuration(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"here\.json"):
-        from_json(text, "here.json")
-
-
 # Spelling.
 
 
@@ -596,126 +357,3 @@ def test_mentioned_keys_are_whole_words() -> None:
 
 def test_nothing_near() -> None:
     assert nearest("xyzzy_q", keys()) == ""
-
-
-# Files.
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "file.json"
-    write_atomically(path, "before")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(serialization.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space")))
-        write_atomically(path, "after")
-    assert path.read_text() == "before"
-    assert list(path.parent.iterdir()) == [path]
-    write_atomically(path, b"after")
-    assert path.read_text() == "after" and path.stat().st_mode & 0o777 == 0o644
-
-
-# Patterns of layers.
-
-
-def test_a_pattern_of_layers_is_read() -> None:
-    assert parse_layers("attention") == (LayerKind("attention"),)
-    assert parse_layers("2*attention.window/none + attention") == (
-        *[LayerKind("attention", "window", "none")] * 2,
-        LayerKind("attention"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"layers": "0*attention"}, "'0*attention' is not of the form"),
-        ({"layers": "attention++attention"}, "'' is not of the form"),
-        ({"layers": "atention"}, "'atention' is not a mixer"),
-        ({"layers": "attention.windw"}, "'windw' is not a pattern, which are full, window, dilated, block_sparse (did"),
-        ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, experts, none (did"),
-        ({"layers": "lstm.window"}, "only attention has keys that a pattern such as window leaves out, not lstm"),
-        ({"layers": "3*attention"}, "is a period of 3 layers, which does not divide model.num_layers = 4"),
-    ],
-)
-def test_a_wrong_pattern_of_layers_is_told(changes: dict[str, Any], expected: str) -> None:
-    (problem,) = problems_of(replace(Config(), model=changes))
-    assert problem.startswith(f"model.layers = {changes['layers']!r}") and expected in problem
-
-
-PAIRS = {"architecture": "encoder_decoder"}
-RULES: list[tuple[dict[str, Any], str, str | None]] = [
-    ({"positions": "relative", "num_relative_buckets": 2, "max_relative_distance": 2}, "causal", None),
-    (
-        {"positions": "relative", "num_relative_buckets": 1},
-        "causal",
-        "model.num_relative_buckets = 1: model.architecture = 'decoder' needs at least 2",
-    ),
-    (
-        PAIRS | {"positions": "relative", "num_relative_buckets": 3},
-        "span_corruption",
-        "model.num_relative_buckets = 3: model.architecture = 'encoder_decoder' needs at least 4",
-    ),
-    (
-        {"positions": "relative", "max_relative_distance": 16},
-        "causal",
-        "model.max_relative_distance = 16: must be more than 16, up to which distances have a bucket each "
-        "(model.num_relative_buckets = 32)",
-    ),
-    ({"architecture": "encoder", "positions": "relative", "max_relative_distance": 9}, "masked_lm", None),
-    (
-        {"rotary_scaling": "dynamic_ntk", "rotary_original_length": 64},
-        "causal",
-        "model.rotary_scaling = 'dynamic_ntk' with data.sequence_length = 256 beyond 64 (model.rotary_original_length): "
-        "texts in one row would be turned as the longest of them; train with another scaling",
-    ),
-    (
-        {"layers": "attention.block_sparse", "num_window_blocks": 2},
-        "causal",
-        "model.num_window_blocks = 2: must be odd, a block and as many on either side",
-    ),
-    (
-        {"cross_attention": "luong"},
-        "causal",
-        "model.cross_attention = 'luong': only model.architecture = 'encoder_decoder' reads an encoder, not 'decoder'",
-    ),
-    (
-        PAIRS | {"cross_attention": "bahdanau", "layers": "mingru+attention"},
-        "span_corruption",
-        "model.cross_attention = 'bahdanau': it is part of the steps of lstm and gru, of which there is none in "
-        "model.layers = 'mingru+attention'",
-    ),
-    (
-        PAIRS | {"cross_attention": "luong", "parametrization": "mup"},
-        "span_corruption",
-        "model.parametrization = 'mup': it has no rules for recurrent networks and their attention; use 'standard'",
-    ),
-    (
-        PAIRS | {"encoder_layers": "gru", "recurrent_width": 33},
-        "span_corruption",
-        "model.recurrent_width = 33: must be even, for half of an encoder's recurrent state goes each way",
-    ),
-    (
-        {"architecture": "encoder", "layers": "lstm", "width": 33},
-        "masked_lm",
-        "model.width = 33: must be even, for half of an encoder's recurrent state goes each way",
-    ),
-    (
-        {"layers": "attention+gru"},
-        "prefix_lm",
-        "model.layers = 'attention+gru': gru cannot see a prefix both ways, as objective.name = 'prefix_lm' asks",
-    ),
-    ({"layers": "lstm+gru/none", "width": 33}, "causal", None),  # without heads, their width is nothing to divide
-    (PAIRS | {"cross_attention": "bahdanau", "layers": "gru", "num_heads": 7}, "span_corruption", None),
-    (PAIRS | {"cross_attention": "luong", "layers": "mingru+attention"}, "span_corruption", None),
-    (PAIRS | {"layers": "lstm", "encoder_layers": "attention"}, "span_corruption", None),
-    (
-        PAIRS | {"layers": "lstm", "num_heads": 7},
-        "span_corruption",
-        "model.width = 256 is not divisible by model.num_heads = 7: change one, or set model.head_width",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "objective", "sentence"), RULES)
-def test_what_recurrent_layers_cannot_do_is_told(changes: dict[str, Any], objective: str, sentence: str | None) -> None:
-    problems = problems_of(replace(Config(), model=changes, objective={"name": objective}))
-    assert problems == ([] if sentence is None else [sentence])
