@@ -18,7 +18,7 @@ from transformer.arguments import parse
 from transformer.cli import ImplementationsOptions, implementations
 from transformer.config import Config, ConfigError, ModelConfig, problems_of, replace
 from transformer.config.implementations import IMPLEMENTATIONS, MASKS, Asked
-from transformer.models import blockwise, dot_product, kernels
+from transformer.models import blockwise, causal_blocks, dot_product, kernels
 from transformer.models.biases import Alibi, RelativeBuckets, alibi_slopes
 from transformer.models.dot_product import attend, dot_product_attention, kinds
 from transformer.models.masks import Mask, Tokens
@@ -176,7 +176,8 @@ def without_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks, so that there are many; stand-ins for kernels that do not run here."""
     monkeypatch.setattr(blockwise, "BLOCK", 16)
     monkeypatch.setattr(blockwise, "SMALLEST", 8)
-    monkeypatch.setattr(dot_product, "BLOCK", 17)
+    monkeypatch.setattr(causal_blocks, "SMALLEST", 17)
+    monkeypatch.setattr(causal_blocks, "MOST", 99)
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(dot_product_attention=by_xla))
 

@@ -15,7 +15,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from transformer.config import ModelConfig
-from transformer.models import blocks, dot_product, transformer
+from transformer.models import blocks, causal_blocks, transformer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
 from transformer.objectives.cross_entropy import softmax_cross_entropy
@@ -34,7 +34,8 @@ def batch(tiny_config, tiny_batch) -> dict[str, np.ndarray]:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in rows of 16 tokens, the last of them short."""
-    monkeypatch.setattr(dot_product, "BLOCK", 5)
+    monkeypatch.setattr(causal_blocks, "SMALLEST", 5)
+    monkeypatch.setattr(causal_blocks, "MOST", 99)
 
 
 def rapid_key(seed: int) -> jax.Array:

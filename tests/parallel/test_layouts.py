@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from transformer.config import Config
-from transformer.models import dot_product
+from transformer.models import causal_blocks
 from transformer.models.parameters import init_parameters, is_spec, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.optimizers import make_optimizer
@@ -56,7 +56,8 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in rows of 16 tokens, the last of them short."""
-    monkeypatch.setattr(dot_product, "BLOCK", 5)
+    monkeypatch.setattr(causal_blocks, "SMALLEST", 5)
+    monkeypatch.setattr(causal_blocks, "MOST", 99)
 
 
 OPTIMIZERS = {

@@ -95,7 +95,9 @@ def _gpu_kernel(function: str, tested: str) -> Implementation:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": _plain("dot_product_attention"),
-    "causal_blocks": _plain("causal_blocks"),
+    "causal_blocks": Implementation(
+        "transformer.models.causal_blocks", "causal_blocks", "run", bias=False, soft_cap=False
+    ),
     "blockwise": _plain("blockwise_attention", "transformer.models.blockwise"),
     "splash": Implementation(
         "transformer.models.kernels",

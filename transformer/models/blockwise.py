@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from transformer.models.dot_product import product
+from transformer.models.dot_product import LOWEST, bend, product
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
 
@@ -25,9 +25,6 @@ BLOCK = 256
 """Most tokens of a block; where little of each row is seen, blocks are smaller, down to `SMALLEST`."""
 
 SMALLEST = 64
-
-LOWEST = float(np.finfo(np.float32).min)
-"""Logit of a key that is not seen. The largest so far begins at half of it, so that its exponential is always 0."""
 
 State = tuple[Float[Array, "*A"], Float[Array, "*A"], Float[Array, "*A U"]]
 """Of each query: the largest logit so far, and the sums of exponentials and of values weighted by them."""
@@ -142,6 +139,7 @@ def _forward(
         return _put(states, state, i), None
 
     shape = query.shape[:-1]
+    # The largest so far begins at half of what is not seen, so that the exponential of that is always 0.
     states = (jnp.full(shape, LOWEST / 2), jnp.zeros(shape), jnp.zeros((*shape, value.shape[-1])))
     (largest, total, output), _ = jax.lax.scan(step, states, jnp.asarray(plan.pairs))
     is_blind = total == 0
@@ -188,13 +186,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _bend(raw: Array, tables: list[Array], seen: Mask, plan: Plan) -> Array:
-    """Returns logits [B, K, G, T, S] of products of queries and keys."""
-    logits = plan.soft_cap * jnp.tanh(raw / plan.soft_cap) if plan.soft_cap else raw
-    bias: Bias | None = jax.tree.unflatten(plan.bias, tables)
-    if bias is None:
-        return logits
-    values = bias(seen.query.positions, seen.key.positions)
-    return logits + values.reshape(values.shape[0], *raw.shape[1:])
+    return bend(raw, seen, jax.tree.unflatten(plan.bias, tables), plan.soft_cap)
 
 
 def _seen(plan: Plan, places: list[Array], pair: Array) -> Mask:

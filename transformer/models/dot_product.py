@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from transformer.config import ConfigError
@@ -15,8 +16,8 @@ from transformer.config.implementations import IMPLEMENTATIONS, Asked
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
 
-BLOCK = 128
-"""Queries that `causal_blocks` takes at a time."""
+LOWEST = float(np.finfo(np.float32).min)
+"""Logit of a key that is not seen."""
 
 LONGEST_AT_ONCE = 1024
 """Tokens, of queries and keys alike, beyond which `auto` takes `blockwise` where it does not take a kernel.
@@ -54,49 +55,41 @@ def dot_product_attention(
     bias: Bias | None = None,
     scale: float | None = None,
     soft_cap: float = 0.0,
-    block: int | None = None,
 ) -> Float[Array, "B T N U"]:
     """Returns softmax(q k^T / sqrt(H)) v (Vaswani et al. 2017, section 3.2.1), the softmax in float32.
 
     Each key and value head serves N / K query heads (Ainslie et al. 2023, arXiv:2305.13245). `scale` stands for
     1 / sqrt(H); `soft_cap` bends the logits (Gemma 2, arXiv:2408.00118, section 2); `bias` is added to them. A query
-    that may see no key gets zero. `block` queries at a time meet only the keys that their columns can see: for a causal
-    mask and T much larger than `block`, half the work.
+    that may see no key gets zero.
     """
     batch, length, num_heads, head_width = query.shape
     query = query * (1 / math.sqrt(head_width) if scale is None else scale)
     query = query.reshape(batch, length, key.shape[2], -1, head_width)
     # Heads before tokens: the order in which XLA's CPU backend multiplies fastest.
     query, key, value = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    outputs, any_visible = [], []
-    for start in range(0, length, block or length):
-        stop = min(length, start + (block or length))
-        columns = mask.columns(start, stop) if block else (0, mask.num_keys)
-        seen = mask.queries(start, stop - start).keys(columns[0], columns[1] - columns[0])
-        visible = seen.visible()
-        keys = slice(*columns)
-        logits = product("bkgth,bksh->bkgts", query[:, :, :, start:stop], key[:, :, keys])
-        if soft_cap:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
-        if bias is not None:
-            values = bias(seen.query.positions, seen.key.positions)
-            logits = logits + values.reshape(values.shape[0], key.shape[1], -1, *values.shape[2:])
-        logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        outputs.append(product("bkgts,bksu->bkgtu", weights, value[:, :, keys]).astype(value.dtype))
-        any_visible.append(jnp.any(visible, axis=-1))
-    output = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, -1)
-    return jnp.where(jnp.concatenate(any_visible, axis=1)[:, :, None, None], output, 0)
+    visible = mask.visible()
+    logits = bend(product("bkgth,bksh->bkgts", query, key), mask, bias, soft_cap)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, LOWEST), axis=-1).astype(value.dtype)
+    output = product("bkgts,bksu->bkgtu", weights, value).astype(value.dtype)
+    output = output.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, -1)
+    return jnp.where(jnp.any(visible, axis=-1)[:, :, None, None], output, 0)
+
+
+def bend(
+    logits: Float[Array, "B K G T S"], mask: Mask, bias: Bias | None, soft_cap: float
+) -> Float[Array, "B K G T S"]:
+    """Returns the products of queries and keys with the soft cap and the bias of their positions."""
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if bias is None:
+        return logits
+    values = bias(mask.query.positions, mask.key.positions)
+    return logits + values.reshape(values.shape[0], *logits.shape[1:])
 
 
 def product(spec: str, left: Array, right: Array) -> Float[Array, "..."]:
     """Returns `einsum` with its sums in float32."""
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
-
-
-def causal_blocks(query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:
-    """Returns `dot_product_attention`, `BLOCK` queries at a time."""
-    return dot_product_attention(query, key, value, mask, block=BLOCK, **options)
 
 
 def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:
@@ -137,7 +130,8 @@ def _choose(asked: Asked, mask: Mask) -> str:
     plain = "blockwise" if is_long else "reference"
     if asked.platform == "cpu":
         # Without a causal mask there is nothing that blocks of queries could leave out.
-        return "causal_blocks" if mask.is_lower_triangular and not is_long else plain
+        suits = mask.is_lower_triangular and not is_long and not list(IMPLEMENTATIONS["causal_blocks"].refusals(asked))
+        return "causal_blocks" if suits else plain
     kernel = {"tpu": "splash", "gpu": "cudnn"}.get(str(asked.platform))
     if kernel is None:
         return plain
