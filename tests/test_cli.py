@@ -437,7 +437,7 @@ def meanings() -> Iterator[tuple[str, str]]:
 
 
 def test_help_shows_every_key_with_meaning_and_default_and_loads_nothing_heavy(command: Command) -> None:
-    """Of train.py and of every verb but one, all in one process."""
+    """Of train.py and of every verb but two, all in one process."""
     program = (
         "import contextlib, io, json, sys\n"
         "import train\n"
@@ -466,6 +466,8 @@ def test_help_shows_every_key_with_meaning_and_default_and_loads_nothing_heavy(c
     plain = [" ".join(re.sub("[│╭╰╮╯─]", " ", text).split()) for text in told]
     found = dict(meanings())
     assert tuple(found) == keys()
+    # Each benchmark has options of its own.
+    assert "step" in plain.pop(2 + list(cli.VERBS).index("benchmark"))
     # `generate` has many options of its own, and needs few of the configuration's.
     short = plain.pop(2 + list(cli.VERBS).index("generate"))
     assert "--beams" in short and "--model" not in short and "--data" not in short and len(short) < 6000

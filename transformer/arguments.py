@@ -47,6 +47,7 @@ Overrides = Annotated[Config, tyro.conf.arg(name="")]
 Recipe = Annotated[str, tyro.conf.arg(name="config", metavar="RECIPE", help_behavior_hint="(default: those below)")]
 Workdir = Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
 Json = Annotated[bool, tyro.conf.arg(name="json")]
+JsonFile = Annotated[str, tyro.conf.arg(name="json", metavar="FILE")]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def parse(kind: type[OptionsT], arguments: Sequence[str], prog: str) -> OptionsT
     The defaults of the configuration are those of the recipe after `--config`, or of the run in `--workdir`
     for options without a recipe. Raises ConfigError with every mistake in recipe and command line.
     """
-    spelt = {"recipe": "config", "as_json": "json"}
+    spelt = {"recipe": "config", "as_json": "json", "json_file": "json"}
     own = {spelt.get(name, name): hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
     types = {key: type_of(key) for key in keys()} | own
     groups = _groups(arguments, types)

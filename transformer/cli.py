@@ -1,5 +1,6 @@
 """The command line: `transformer <verb>`; `VERBS` lists them."""
 
+import importlib
 import json
 import math
 import sys
@@ -10,7 +11,8 @@ from typing import Any
 
 from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
-from transformer.config import Config, ConfigError, known_vocab_size, mesh_problems, nearest, replace, source_length
+from transformer.benchmarks import BENCHMARKS
+from transformer.config import Config, ConfigError, mesh_problems, nearest, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
 from transformer.studies import STUDIES
@@ -81,6 +83,13 @@ class StudyOptions:
     """Seeds that each configuration is trained with."""
     only: tuple[str, ...] = ()
     """Names of the runs to make; none: all."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Measure one thing, named by the first word; each has options of its own."""
+
     config: Overrides = field(default_factory=Config)
 
 
@@ -165,6 +174,10 @@ def study(options: StudyOptions) -> int:
     return 0
 
 
+def benchmark(options: BenchmarkOptions) -> int:
+    return sys.modules[type(options).__module__].run(options)
+
+
 def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
     """Returns the run, the configuration to use it with here, and the mesh: the run's own where it fits."""
     from transformer.parallel import startup
@@ -226,7 +239,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     from transformer.config import mesh_axes
     from transformer.models import flops, parameters
     from transformer.models.transformer import Transformer
-    from transformer.objectives import objective_of
+    from transformer.objectives import vocabulary
     from transformer.optimizers import make_optimizer
     from transformer.training.state import abstract_state, state_shardings
 
@@ -237,13 +250,7 @@ def describe_config(config: Config) -> dict[str, Any]:
     if problems := mesh_problems(config, num_devices):
         raise ConfigError(problems)
     axes = mesh_axes(config, num_devices)
-    vocab_size = known_vocab_size(config.data)
-    if vocab_size is None and config.model.vocab_size is not None:
-        vocab_size = config.model.vocab_size - objective_of(config).num_extra_tokens(config)
-    if vocab_size is None:
-        tokenizer = f"data.tokenizer = {config.data.tokenizer!r}"
-        raise ConfigError(f"model.vocab_size is needed: with {tokenizer} only the data tells it")
-    config = resolve(config, vocab_size)
+    config = resolve(config, vocabulary.without_data(config))
     model = Transformer(for_platform(config.model, jax.default_backend()))
     specs = parameters.parameter_specs(model)
     optimizer = make_optimizer(config, specs)
@@ -303,6 +310,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
+    "benchmark": (BenchmarkOptions, f"what machine and configuration can do: {', '.join(BENCHMARKS)}"),
     "describe": (DescribeOptions, "parameters, FLOPs, sharding and bytes of a configuration"),
     "implementations": (ImplementationsOptions, "what each implementation of attention can compute"),
 }
@@ -319,6 +327,8 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}{nearest(verb, tuple(VERBS))}")
     if verb == "study":
         return _parse_study(rest)
+    if verb == "benchmark":
+        return _parse_benchmark(rest)
     return parse_options(VERBS[verb][0], rest, f"transformer {verb}")
 
 
@@ -332,6 +342,26 @@ def _parse_study(arguments: Sequence[str]) -> Options:
     given = any(argument.partition("=")[0] == "--config" for argument in rest)
     recipe = [] if given else ["--config", STUDIES[name][1]]
     return parse_options(StudyOptions, ["--study", name, *recipe, *rest], f"transformer study {name}")
+
+
+def _parse_benchmark(arguments: Sequence[str]) -> Options:
+    """Returns the options of a benchmark, whose name is the first word; each has its own."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: transformer benchmark NAME [options]; transformer benchmark NAME --help shows them\n")
+        print("\n".join(f"  {name:<15} {what}" for name, (_, what) in BENCHMARKS.items()), flush=True)
+        raise SystemExit(0)
+    if name not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise ConfigError(f"{name!r} is not a benchmark, which are {known}{nearest(name, tuple(BENCHMARKS))}")
+    kind = importlib.import_module(BENCHMARKS[name][0]).Options
+    flags = [
+        part
+        for word in getattr(kind, "WORDS", ())
+        if rest and rest[0][:1] != "-"
+        for part in (f"--{word}", rest.pop(0))
+    ]
+    return parse_options(kind, [*flags, *rest], f"transformer benchmark {name}")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,0 +1,8 @@
+"""Benchmarks: what a machine and a configuration can do, measured so that it can be repeated and compared."""
+
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "step": ("transformer.benchmarks.step", "the training step of a recipe: tokens a second, MFU, memory, compilation"),
+    "roofline": ("transformer.benchmarks.roofline", "the ceilings of this machine, and where the step lies below them"),
+    "compare": ("transformer.benchmarks.compare", "two results, as ratios with their spread"),
+}
+"""Module by name, and what it measures; a module has the dataclass Options, and `run` from it to an exit status."""

@@ -1,0 +1,149 @@
+"""How things are timed, and the form that every result is written in."""
+
+import datetime
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformer.config import ConfigError, write_atomically
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")
+
+
+def timed(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Returns for each call the seconds that it took in each round, until everything that it returns was there.
+
+    In a round each is called once, from another one on each time, so that what else the machine does strikes all alike.
+    """
+    import jax
+
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        for place in range(len(names)):
+            name = names[(place + number) % len(names)]
+            start = time.perf_counter()
+            jax.block_until_ready(calls[name]())
+            elapsed = time.perf_counter() - start
+            if number >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One quantity, as often as it was measured."""
+
+    values: tuple[float, ...]
+    unit: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper; the value itself where there is one."""
+        if len(self.values) == 1:
+            return self.values[0], self.values[0]
+        lower, _, upper = statistics.quantiles(self.values, n=4, method="inclusive")
+        return lower, upper
+
+    def __str__(self) -> str:
+        lower, upper = self.quartiles
+        spread = "" if len(self.values) == 1 else f" (quartiles {lower:.4g} to {upper:.4g})"
+        return f"{self.median:.4g} {self.unit}{spread}"
+
+
+def machine() -> dict[str, Any]:
+    """Returns what a number depends on besides the program: devices, processor, versions."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "num_devices": jax.device_count(),
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: found for package in PACKAGES if (found := _version(package))},
+    }
+
+
+def _processor() -> str:
+    """Returns the name of the processor, empty where the system does not tell it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark found."""
+
+    benchmark: str
+    subject: dict[str, Any]
+    """What was measured: results are compared only where this is the same."""
+    machine: dict[str, Any]
+    measurements: dict[str, Measurement]
+    facts: dict[str, Any]
+    """What was computed and not measured."""
+
+    def write(self, path: str) -> None:
+        """Writes it as JSON, whole or not at all."""
+        values = {name: {"unit": m.unit, "values": m.values} for name, m in self.measurements.items()}
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = vars(self) | {"measurements": values, "date": date}
+        write_atomically(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
+
+
+def read_result(path: str) -> Result:
+    """Returns what `Result.write` wrote. Raises ConfigError for any other file."""
+    try:
+        record = json.loads(Path(path).expanduser().read_text())
+        measurements = {
+            name: Measurement(tuple(map(float, item["values"])), item["unit"])
+            for name, item in record["measurements"].items()
+        }
+        return Result(record["benchmark"], record["subject"], record["machine"], measurements, record["facts"])
+    except (
+        OSError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:
+        raise ConfigError(f"{path} is not the result of a benchmark: {error}") from error
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """Returns the ratio of two medians, and the 5th and 95th percentile of that of samples drawn again from each.
+
+    Efron 1979, "Bootstrap methods: another look at the jackknife"; the draws are the same every time.
+    """
+    rng = random.Random(0)
+
+    def again(values: Sequence[float]) -> float:
+        return statistics.median(rng.choices(values, k=len(values)))
+
+    found = sorted(again(numerator) / again(denominator) for _ in range(draws))
+    whole = statistics.median(numerator) / statistics.median(denominator)
+    return whole, found[round(0.05 * (draws - 1))], found[round(0.95 * (draws - 1))]

@@ -1,0 +1,132 @@
+"""The training step of a configuration, compiled and ready to be called, on a batch that is made up."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from transformer.checkpointing.run import for_platform, resolve
+from transformer.config import Config, data_kind, source_length, validate
+from transformer.models import flops
+from transformer.models.parameters import num_parameters, parameter_specs
+from transformer.models.transformer import Transformer
+from transformer.objectives import objective_of, vocabulary, with_window
+from transformer.optimizers import make_optimizer
+from transformer.parallel.sharding import batch_sharding, make_mesh, replicated
+from transformer.training.state import TrainState, abstract_state, create_state, state_shardings
+from transformer.training.step import make_train_step
+
+FEWEST_LABELS = 2
+"""Where only the data tells how many there are."""
+
+
+@dataclass
+class Program:
+    """A step that can be called again and again; its state is donated to each call, and kept here."""
+
+    config: Config
+    model: Transformer
+    mesh: Mesh
+    compiled: Any
+    compile_seconds: float
+    batch: dict[str, jax.Array]
+    state: TrainState | None = None
+
+    def __call__(self) -> dict[str, jax.Array]:
+        """Takes one step and returns its metrics."""
+        with jax.set_mesh(self.mesh):
+            if self.state is None:
+                self.state = create_state(self.config, self.model, *self._optimizer())
+            self.state, metrics = self.compiled(self.state, self.batch)
+        return metrics
+
+    def _optimizer(self) -> tuple[Any, TrainState]:
+        optimizer = make_optimizer(self.config, parameter_specs(self.model))
+        return optimizer, state_shardings(self.model, optimizer, self.mesh)
+
+    @property
+    def num_tokens(self) -> int:
+        """Targets of a step."""
+        return self.config.train.batch_size * self.config.data.sequence_length
+
+    @property
+    def num_parameters(self) -> int:
+        return num_parameters(self.model)
+
+    def flops(self, causal: bool) -> float:
+        """Returns the model FLOPs of a step, with attention in full or its causal half."""
+        config = self.config
+        length = config.data.sequence_length
+        return self.num_tokens * flops.training_flops_per_token(config.model, length, causal, source_length(config))
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The FLOP/s that the devices can reach, None where that is not known."""
+        return flops.peak_flops(self.mesh.devices.flat[0].device_kind, self.mesh.size)
+
+    @property
+    def recomputed_flops(self) -> float:
+        """FLOPs of a step that rematerialisation adds to the model's own: all of the forward pass, or its attention."""
+        config = self.config
+        length = config.data.sequence_length
+        parts = flops.forward_flops(config.model, length, source_length(config))
+        parts.pop("attention_scores")
+        layers = {name: count for name, count in parts.items() if name != "logits"}
+        again = {"none": (), "full": tuple(layers), "dots": ("attention_scores_causal",)}[config.model.remat]
+        return float(config.train.batch_size * sum(layers[name] for name in again))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on each device, by XLA's own account: state and batch, temporaries, and the most at one time."""
+        found: Any = self.compiled.memory_analysis()
+        arguments, temporary = found.argument_size_in_bytes, found.temp_size_in_bytes
+        outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+        return {"arguments": arguments, "temporaries": temporary, "peak": arguments + temporary + outputs}
+
+
+def make_program(config: Config) -> Program:
+    """Compiles the step that `train` would run; raises ConfigError for a configuration that it would refuse."""
+    mesh = make_mesh(validate(config))
+    size = vocabulary.without_data(config)
+    labels = FEWEST_LABELS if data_kind(config) == "labelled" and not config.model.num_labels else 0
+    config = resolve(with_window(config), size, labels)
+    model = Transformer(for_platform(config.model, jax.default_backend()))
+    optimizer = make_optimizer(config, parameter_specs(model))
+    shardings = state_shardings(model, optimizer, mesh)
+    rows = batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        batch = {name: jax.device_put(array, rows) for name, array in made_up(config).items()}
+        jitted = jax.jit(
+            make_train_step(config, model, optimizer, shardings),
+            in_shardings=(shardings, {name: rows for name in batch}),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+        start = time.perf_counter()
+        compiled = jitted.lower(abstract_state(model, optimizer, shardings), batch).compile()
+        seconds = time.perf_counter() - start
+    return Program(config, model, mesh, compiled, seconds, batch)
+
+
+def made_up(config: Config) -> Mapping[str, np.ndarray]:
+    """Returns a batch of the objective's arrays without padding: one text a row, of tokens and targets drawn evenly."""
+    model, rng = config.model, np.random.default_rng(0)
+    assert model.vocab_size is not None, "resolved"
+
+    def values(name: str, length: int, dtype: str) -> np.ndarray:
+        shape = (config.train.batch_size, length)
+        if name.endswith("positions"):
+            return np.broadcast_to(np.arange(length, dtype=dtype), shape)
+        if name.endswith(("segment_ids", "weights")):
+            return np.ones(shape, dtype)
+        if dtype == "bool":
+            return np.zeros(shape, dtype)
+        largest = model.num_labels if name == "targets" and model.num_labels else model.vocab_size
+        return rng.integers(0, largest, shape).astype(dtype)
+
+    arrays = objective_of(config).arrays(config)
+    return {name: values(name, length, dtype) for name, (length, dtype) in arrays.items()}
