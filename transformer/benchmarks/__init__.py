@@ -3,6 +3,10 @@
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "step": ("transformer.benchmarks.step", "the training step of a recipe: tokens a second, MFU, memory, compilation"),
     "roofline": ("transformer.benchmarks.roofline", "the ceilings of this machine, and where the step lies below them"),
+    "startup": (
+        "transformer.benchmarks.startup",
+        "from the start of a process to its first step, by phase, cold and warm",
+    ),
     "compare": ("transformer.benchmarks.compare", "two results, as ratios with their spread"),
 }
 """Module by name, and what it measures; a module has the dataclass Options, and `run` from it to an exit status."""

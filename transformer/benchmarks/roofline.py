@@ -21,7 +21,10 @@ BYTES = {"cpu": 2**28, "other": 2**31}
 
 @dataclass(frozen=True)
 class Options:
-    """Measure how fast this machine multiplies matrices and moves memory, and how much of it the step of a recipe reaches."""
+    """Measure how fast this machine multiplies matrices and moves memory, and how much of it the step of a recipe reaches.
+
+    All is of one device, also where a mesh of several takes the step.
+    """
 
     recipe: Recipe = ""
     """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
@@ -45,7 +48,7 @@ def run(options: Options) -> int:
     calls, work = ceilings(program.config.model.compute_dtype)
     seconds = timed({**calls, "step": program}, options.rounds, warmup=2)
     moved = float(program.compiled.cost_analysis()["bytes accessed"])
-    flops = program.flops(True)
+    flops = program.flops(True) / program.mesh.size
     products = {name: work[name] / statistics.median(seconds[name]) for name in calls if name != "memory"}
     fastest = max(products, key=lambda name: products[name])
     measurements = {
