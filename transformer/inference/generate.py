@@ -82,7 +82,7 @@ def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
 
 
 @partial(jax.jit, static_argnames=("model", "cache_length"))
-def _begin(model: Transformer, params: Tree, batch: dict[str, Array], draw: Draw, cache_length: int) -> State:
+def first_tokens(model: Transformer, params: Tree, batch: dict[str, Array], draw: Draw, cache_length: int) -> State:
     logits, cache = prefill(model, params, batch, cache_length)
     size, width = batch["inputs"].shape
     state = {
@@ -97,7 +97,7 @@ def _begin(model: Transformer, params: Tree, batch: dict[str, Array], draw: Draw
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def _go_on(model: Transformer, params: Tree, state: State, draw: Draw, limit: Array) -> State:
+def further_tokens(model: Transformer, params: Tree, state: State, draw: Draw, limit: Array) -> State:
     """Returns the state when `limit` tokens are drawn, or all rows are done."""
 
     def step(state: State) -> State:
@@ -147,11 +147,11 @@ def generate(
     stride = 1 if on_text is not None else TOKENS_BETWEEN_STOPS if stop else max_tokens
     with placing(params) as put:
         draw = put(draw)
-        state = _begin(model, params, put(encoded.batch), draw, bucket(encoded.width + max_tokens))
+        state = first_tokens(model, params, put(encoded.batch), draw, bucket(encoded.width + max_tokens))
         for start in range(0, max_tokens, stride):
             limit = min(start + stride, max_tokens)
             state["done"] = put(np.array([text.ended for text in texts])) if start else state["done"]
-            state = _go_on(model, params, state, draw, put(np.int32(limit)))
+            state = further_tokens(model, params, state, draw, put(np.int32(limit)))
             for row, tokens in enumerate(jax.device_get(state["tokens"])[:, start:limit].tolist()):
                 piece = texts[row].add(tokens, last=limit == max_tokens)
                 if piece and on_text is not None:
