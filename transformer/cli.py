@@ -1,5 +1,6 @@
 """The command line: `transformer <verb>`; `VERBS` lists them."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -217,6 +218,12 @@ def describe(options: DescribeOptions) -> int:
         print(f"  {name:<40}{count:>16,}")
     for label, flops in result["flops_per_token"].items():
         print(f"FLOPs a token, {label.replace('_', ' ')}: {flops:.4g}")
+    products = result["forward_products"]
+    total = sum(product["flops"] for product in products)
+    print("matrix products of one sequence's forward pass, attention in full:")
+    for product in products:
+        name = "/".join(product[key] for key in ("stack", "part", "name"))
+        print(f"  {name:<50} {product['flops']:>14.4g} FLOPs {product['flops'] / total:>7.1%}")
     print("bytes per device, before gradients and activations:")
     for name, size in result["bytes_per_device"].items():
         print(f"  {name:<40}{size:>16,}")
@@ -281,6 +288,7 @@ def describe_config(config: Config) -> dict[str, Any]:
             "training_attention_causal_half": flops.training_flops_per_token(config.model, length, True, source),
         },
         "forward_flops_per_sequence": flops.forward_flops(config.model, length, source),
+        "forward_products": [dataclasses.asdict(item) for item in flops.forward_products(config.model, length, source)],
         "mesh": axes,
         "bytes_per_device": totals,
         "arrays": arrays,

@@ -12,8 +12,14 @@ import pytest
 
 from transformer.config import LayerKind, ModelConfig
 from transformer.config.model import LinearMixer
-from transformer.models.flops import PEAK_FLOPS, forward_flops, peak_flops, training_flops_per_token
-from transformer.models.linear_flops import linear_mixer_flops
+from transformer.models.flops import (
+    PEAK_FLOPS,
+    forward_flops,
+    forward_products,
+    mixer_products,
+    peak_flops,
+    training_flops_per_token,
+)
 from transformer.models.masks import Mask, Tokens
 from transformer.models.mixers import Context, make_mixer
 from transformer.models.parameters import abstract_parameters, bind
@@ -43,6 +49,21 @@ def test_causal_attention_counts_the_pairs_that_the_mask_leaves():
     assert parts["attention_scores_causal"] == parts["attention_scores"] * pairs / length**2
     difference = training_flops_per_token(GPT2, length) - training_flops_per_token(GPT2, length, causal=True)
     assert difference == 3 * (parts["attention_scores"] - parts["attention_scores_causal"]) / length
+
+
+def test_products_are_told_one_by_one():
+    """By stack, part and name; together they are what is counted."""
+    config = dataclasses.replace(
+        GPT2, num_layers=2, activation="swiglu", num_kv_heads=4, architecture="encoder_decoder"
+    )
+    found = {(item.stack, item.part, item.name): item.flops for item in forward_products(config, 10, 6)}
+    assert found["decoder", "attention_projections", "query"] == 2 * 2 * 10 * 768 * 768
+    assert found["decoder", "attention_projections", "key"] == 2 * 2 * 10 * 768 * 256
+    assert found["encoder", "feedforward", "gate"] == 2 * 2 * 6 * 768 * config.ff_width
+    assert found["decoder", "cross_attention_scores", "weights_value"] == 2 * 2 * 10 * 6 * 768
+    assert found["output", "logits", "logits"] == 2 * 10 * 768 * 50_257
+    parts = forward_flops(config, 10, 6)
+    assert sum(found.values()) == sum(parts.values()) - parts["attention_scores_causal"]
 
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -156,7 +177,7 @@ def test_a_mixer_with_a_state_counts_as_it_compiles(name):
 
     x = jax.ShapeDtypeStruct((rows, length, 64), jnp.float32)
     lowered: Any = jax.jit(run).lower(abstract_parameters(mixer), x)
-    expected = sum(linear_mixer_flops(config, name, length).values())
+    expected = sum(product.flops for product in mixer_products(config, LayerKind(name), length, True))
     if name == "gated_linear_attention":
         # Of a chunk's pairs, those between halves are products; those within eight tokens are computed one by one.
         expected -= 2 * 2 * heads * keys * (32 * 32 - (16 * 16 + 2 * 8 * 8))
