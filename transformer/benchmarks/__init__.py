@@ -8,6 +8,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "from the start of a process to its first step, by phase, cold and warm",
     ),
     "input": ("transformer.benchmarks.input", "the pipeline of batches alone, against what the step takes"),
+    "sweep": ("transformer.benchmarks.sweep", "the fastest setting of a recipe that fits into the memory"),
     "decode": ("transformer.benchmarks.decode", "time to the first token and to each further one, by batch and prompt"),
     "compare": ("transformer.benchmarks.compare", "two results, as ratios with their spread"),
 }
