@@ -7,6 +7,10 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
         "transformer.benchmarks.startup",
         "from the start of a process to its first step, by phase, cold and warm",
     ),
+    "kernels": (
+        "transformer.benchmarks.kernels",
+        "implementations of attention, and mixers, by the length of the text",
+    ),
     "input": ("transformer.benchmarks.input", "the pipeline of batches alone, against what the step takes"),
     "sweep": ("transformer.benchmarks.sweep", "the fastest setting of a recipe that fits into the memory"),
     "decode": ("transformer.benchmarks.decode", "time to the first token and to each further one, by batch and prompt"),
