@@ -1,0 +1,217 @@
+"""The longest chain of matrix products that wait for each other in a compiled program: what no parallel hardware shortens.
+
+A program's operations form a graph of data dependence. From every input of a computation to every output leads a longest
+path, counted in products; calls put paths together, and a loop of n turns raises its table of paths from turn to turn to the
+power of n in the algebra of maximum and sum (Cuninghame-Green 1979, "Minimax algebra"). So a loop whose products do not feed
+one another counts once, and one whose state passes through k products counts k n.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+NO_PATH = -math.inf
+
+Table = Float[np.ndarray, "I O"]
+"""Products on the longest path from each input to each output of a computation; the first of both is the start of a path."""
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_PRODUCTS = ("dot", "convolution", "ragged-dot")
+_LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(gemm|matmul|dot)[^"]*"', re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of a computation."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    """Names; of a parameter, its number."""
+    attributes: str
+
+
+def longest_chain(hlo: str) -> int:
+    """Returns the number of matrix products on the longest path of data dependence of a program, as `as_text()` prints it.
+
+    Raises ValueError for a loop with products of which XLA does not know how often it turns.
+    """
+    computations, entry = _parse(hlo)
+    return int(max(0, np.max(_Program(computations).table(entry))))
+
+
+class _Program:
+    def __init__(self, computations: dict[str, list[Instruction]]):
+        self.computations = computations
+        self.tables: dict[str, Table] = {}
+
+    def table(self, name: str) -> Table:
+        """Returns the table of a computation, its outputs and inputs being the arrays in its tuples, in order."""
+        if name not in self.tables:
+            self.tables[name] = self._table(self.computations[name])
+        return self.tables[name]
+
+    def _table(self, instructions: list[Instruction]) -> Table:
+        parameters = sorted((i for i in instructions if i.opcode == "parameter"), key=lambda i: int(i.operands[0]))
+        sizes = [len(_leaves(i.type)) for i in parameters]
+        num_inputs = 1 + sum(sizes)
+        # Of each array of each instruction: the longest path to it from each input.
+        paths: dict[str, np.ndarray] = {}
+        first = 1
+        for parameter, size in zip(parameters, sizes, strict=True):
+            paths[parameter.name] = np.full((num_inputs, size), NO_PATH)
+            paths[parameter.name][first + np.arange(size), np.arange(size)] = 0
+            paths[parameter.name][0] = 0
+            first += size
+        types = {instruction.name: instruction.type for instruction in instructions}
+        for instruction in instructions:
+            if instruction.opcode != "parameter":
+                paths[instruction.name] = self._paths(instruction, paths, types, num_inputs)
+        output = paths[instructions[-1].name]
+        start = np.full((num_inputs, 1), NO_PATH)
+        start[0] = 0
+        return np.concatenate([start, output], axis=1)
+
+    def _paths(
+        self, instruction: Instruction, paths: dict[str, np.ndarray], types: dict[str, str], num_inputs: int
+    ) -> np.ndarray:
+        given = [paths[name] for name in instruction.operands if name in paths]
+        start = np.full((num_inputs, 1), NO_PATH)
+        start[0] = 0
+        whole = np.concatenate([start, *given], axis=1)
+        if instruction.opcode == "tuple":
+            return whole[:, 1:]
+        if instruction.opcode == "get-tuple-element":
+            index = int(_attribute(instruction, "index") or 0)
+            sizes = [len(_leaves(part)) for part in _parts(types[instruction.operands[0]])]
+            return given[0][:, sum(sizes[:index]) : sum(sizes[: index + 1])]
+        if instruction.opcode == "while":
+            return _through(whole, self._loop(instruction))[:, 1:]
+        called = _attribute(instruction, "calls") or (
+            _attribute(instruction, "to_apply") if instruction.opcode == "call" else None
+        )
+        if called in self.computations:
+            return _through(whole, self.table(called))[:, 1:]
+        if instruction.opcode == "conditional":
+            names = re.findall(r"%?([\w.\-]+)", _braces(instruction.attributes, "branch_computations"))
+            names += [n for key in ("true_computation", "false_computation") if (n := _attribute(instruction, key))]
+            chosen = np.concatenate([start, given[0]], axis=1)
+            found = [
+                _through(np.concatenate([start, argument], axis=1), self.table(name))
+                for name, argument in zip(names, given[1:], strict=True)
+            ]
+            decided = np.max(chosen, axis=1, keepdims=True)
+            return np.maximum(np.max(np.stack(found), axis=0), decided)[:, 1:]
+        longest = np.max(whole, axis=1, keepdims=True)
+        is_product = instruction.opcode in _PRODUCTS or bool(_LIBRARY_PRODUCT.search(instruction.attributes))
+        return np.repeat(longest + is_product, len(_leaves(instruction.type)), axis=1)
+
+    def _loop(self, instruction: Instruction) -> Table:
+        body = self.table(_attribute(instruction, "body") or "")
+        turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+        if turns is None:
+            if np.max(body) > 0:
+                raise ValueError(
+                    f"how often the loop {instruction.name} turns is not known, and there are products in it"
+                )
+            return _through(body, body)
+        power, result, count = body, None, int(turns.group(1))
+        while count:
+            if count % 2:
+                result = power if result is None else _through(result, power)
+            power, count = _through(power, power), count // 2
+        return _identity(len(body)) if result is None else result
+
+
+def _through(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Returns the longest paths through two tables, one after the other."""
+    result = np.full((first.shape[0], second.shape[1]), NO_PATH)
+    for middle in range(first.shape[1]):
+        result = np.maximum(result, first[:, middle, None] + second[None, middle])
+    return result
+
+
+def _identity(size: int) -> Table:
+    return np.where(np.eye(size, dtype=bool), 0.0, NO_PATH)
+
+
+def _parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the computations, each with its result last, and the name of the one that is the program."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current, root = "", "", None
+    for line in hlo.splitlines():
+        if head := _HEAD.match(line):
+            current, root = head.group(2), None
+            computations[current] = []
+            entry = current if head.group(1) else entry
+        elif line.startswith("}"):
+            if root is not None:
+                computations[current].append(Instruction("ROOT", root.type, "tuple", (root.name,), ""))
+        elif match := _INSTRUCTION.match(line):
+            instruction = _instruction(match.group(2), match.group(3))
+            computations[current].append(instruction)
+            root = instruction if match.group(1) else root
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    type_end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    kind, rest = text[:type_end], text[type_end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    end = _closing(rest, len(opcode))
+    inside = rest[len(opcode) + 1 : end]
+    if opcode == "parameter":
+        operands = (inside.strip(),)
+    elif opcode == "constant":
+        operands = ()
+    else:
+        operands = tuple(part.split()[-1].lstrip("%") for part in _split(inside) if part.strip())
+    return Instruction(name, kind, opcode, operands, rest[end + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns where the bracket at `start` is closed."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] in "([{") - (text[place] in ")]}")
+        if not depth:
+            return place
+    raise ValueError(f"a bracket is not closed in {text!r}")
+
+
+def _split(text: str) -> list[str]:
+    """Splits at commas outside of brackets."""
+    parts, depth, last = [], 0, 0
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append(text[last:place])
+            last = place + 1
+    return [*parts, text[last:]]
+
+
+def _parts(kind: str) -> list[str]:
+    """Returns the types in a tuple's type."""
+    text = kind.strip()
+    return [part.strip() for part in _split(text[1 : _closing(text, 0)]) if part.strip()]
+
+
+def _leaves(kind: str) -> list[str]:
+    """Returns the types of the arrays in a type."""
+    kind = re.sub(r"/\*.*?\*/", "", kind).strip()
+    return [leaf for part in _parts(kind) for leaf in _leaves(part)] if kind.startswith("(") else [kind]
+
+
+def _attribute(instruction: Instruction, name: str) -> str | None:
+    found = re.search(rf"[ ,]{name}=%?([\w.\-]+)", instruction.attributes)
+    return None if found is None else found.group(1)
+
+
+def _braces(text: str, name: str) -> str:
+    found = re.search(rf"{name}=\{{([^}}]*)\}}", text)
+    return "" if found is None else found.group(1)
