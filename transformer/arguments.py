@@ -47,7 +47,6 @@ Overrides = Annotated[Config, tyro.conf.arg(name="")]
 Recipe = Annotated[str, tyro.conf.arg(name="config", metavar="RECIPE", help_behavior_hint="(default: those below)")]
 Workdir = Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
 Json = Annotated[bool, tyro.conf.arg(name="json")]
-JsonFile = Annotated[str, tyro.conf.arg(name="json", metavar="FILE")]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
@@ -328,9 +328,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """Returns the options of a command line whose first word is the verb. Raises ConfigError with every mistake."""
     verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help"):
-        print("usage: transformer VERB [options]; transformer VERB --help shows them\n")
-        print("\n".join(f"  {name:<15} {what}" for name, (_, what) in VERBS.items()), flush=True)
-        raise SystemExit(0)
+        _list("VERB", VERBS)
     if verb not in VERBS:
         raise ConfigError(f"{verb!r} is not a verb; there are {', '.join(VERBS)}{nearest(verb, tuple(VERBS))}")
     if verb == "study":
@@ -338,6 +336,13 @@ def parse(arguments: Sequence[str]) -> Options:
     if verb == "benchmark":
         return _parse_benchmark(rest)
     return parse_options(VERBS[verb][0], rest, f"transformer {verb}")
+
+
+def _list(words: str, known: Mapping[str, tuple[Any, str]]) -> NoReturn:
+    """Prints what can be asked for, and exits."""
+    print(f"usage: transformer {words} [options]; transformer {words} --help shows them\n")
+    print("\n".join(f"  {name:<15} {what}" for name, (_, what) in known.items()), flush=True)
+    raise SystemExit(0)
 
 
 def _parse_study(arguments: Sequence[str]) -> Options:
@@ -356,9 +361,7 @@ def _parse_benchmark(arguments: Sequence[str]) -> Options:
     """Returns the options of a benchmark, whose name is the first word; each has its own."""
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: transformer benchmark NAME [options]; transformer benchmark NAME --help shows them\n")
-        print("\n".join(f"  {name:<15} {what}" for name, (_, what) in BENCHMARKS.items()), flush=True)
-        raise SystemExit(0)
+        _list("benchmark NAME", BENCHMARKS)
     if name not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise ConfigError(f"{name!r} is not a benchmark, which are {known}{nearest(name, tuple(BENCHMARKS))}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from changes import changed
 
 from transformer.config import (
     Config,
@@ -20,13 +21,6 @@ from transformer.config import (
     type_of,
     write_atomically,
 )
-
-
-def changed(key: str, value: Any, start: Config | None = None) -> Config:
-    section, _, name = key.rpartition(".")
-    change: dict[str, Any] = {section: {name: value}} if section else {name: value}
-    return replace(start or Config(), **change)
-
 
 # JSON.
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from changes import changed
 
 from transformer.config import (
     Config,
@@ -20,13 +21,6 @@ from transformer.config import (
     validate,
     validation,
 )
-
-
-def changed(key: str, value: Any, start: Config | None = None) -> Config:
-    section, _, name = key.rpartition(".")
-    change: dict[str, Any] = {section: {name: value}} if section else {name: value}
-    return replace(start or Config(), **change)
-
 
 # Validation. Each case is one mistake, and gives one message that names its keys.
 

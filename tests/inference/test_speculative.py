@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny import TOKENIZER, all_texts, build
+from tiny import ENDLESS, TOKENIZER, all_texts, build
 
 from transformer.config import ConfigError
 from transformer.data.tokenizers import EOS, ByteTokenizer, CharacterTokenizer
@@ -64,6 +64,15 @@ def test_texts_are_distributed_as_those_of_the_model(sampling: Sampling) -> None
     assert 0.1 < acceptance.accepted / (2 * acceptance.rounds) < 0.95
     assert p_value(generate(model, params, TWO, prompts, 3, sampling, **options), probabilities) > 0.001
     assert p_value(generate(model, draft_params, TWO, prompts, 3, sampling, **options), probabilities) < 1e-6
+
+
+@pytest.mark.parametrize(("limit", "accepted"), [(1, 0), (3, 2), (6, 4), (8, 6)])
+def test_only_proposals_that_are_in_the_text_count(limit: int, accepted: int) -> None:
+    """A model is its own draft, whose four tokens all stay: after each four one is the model's own, up to the limit."""
+    model, params = build(6)
+    given = ((model, model), (params, params), ENDLESS, ["ab"], limit, Sampling(0.0))
+    texts, acceptance = speculate(*given, num_draft_tokens=4)
+    assert len(texts[0].tokens) == limit and acceptance.accepted == accepted
 
 
 def text_probabilities(model: Any, params: Any, sampling: Sampling) -> dict[tuple[int, ...], float]:

@@ -72,17 +72,13 @@ class _Program:
         for instruction in instructions:
             if instruction.opcode != "parameter":
                 paths[instruction.name] = self._paths(instruction, paths, types, num_inputs)
-        output = paths[instructions[-1].name]
-        start = np.full((num_inputs, 1), NO_PATH)
-        start[0] = 0
-        return np.concatenate([start, output], axis=1)
+        return np.concatenate([_start(num_inputs), paths[instructions[-1].name]], axis=1)
 
     def _paths(
         self, instruction: Instruction, paths: dict[str, np.ndarray], types: dict[str, str], num_inputs: int
     ) -> np.ndarray:
         given = [paths[name] for name in instruction.operands if name in paths]
-        start = np.full((num_inputs, 1), NO_PATH)
-        start[0] = 0
+        start = _start(num_inputs)
         whole = np.concatenate([start, *given], axis=1)
         if instruction.opcode == "tuple":
             return whole[:, 1:]
@@ -100,12 +96,11 @@ class _Program:
         if instruction.opcode == "conditional":
             names = re.findall(r"%?([\w.\-]+)", _braces(instruction.attributes, "branch_computations"))
             names += [n for key in ("true_computation", "false_computation") if (n := _attribute(instruction, key))]
-            chosen = np.concatenate([start, given[0]], axis=1)
             found = [
                 _through(np.concatenate([start, argument], axis=1), self.table(name))
                 for name, argument in zip(names, given[1:], strict=True)
             ]
-            decided = np.max(chosen, axis=1, keepdims=True)
+            decided = np.max(given[0], axis=1, keepdims=True)
             return np.maximum(np.max(np.stack(found), axis=0), decided)[:, 1:]
         longest = np.max(whole, axis=1, keepdims=True)
         is_product = instruction.opcode in _PRODUCTS or bool(_LIBRARY_PRODUCT.search(instruction.attributes))
@@ -119,13 +114,19 @@ class _Program:
                 raise ValueError(
                     f"how often the loop {instruction.name} turns is not known, and there are products in it"
                 )
-            return _through(body, body)
-        power, result, count = body, None, int(turns.group(1))
+            # Without products a path is one or none, and any there is shows within as many turns as there are arrays.
+            body = np.maximum(body, _identity(len(body)))
+        power, result, count = body, None, len(body) if turns is None else int(turns.group(1))
         while count:
             if count % 2:
                 result = power if result is None else _through(result, power)
             power, count = _through(power, power), count // 2
         return _identity(len(body)) if result is None else result
+
+
+def _start(num_inputs: int) -> np.ndarray:
+    """Returns the paths to the start: from itself."""
+    return _identity(num_inputs)[:, :1]
 
 
 def _through(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformer.arguments import JsonFile, Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine
 from transformer.config import Config, ConfigError, replace, validate
 
 
@@ -13,7 +13,7 @@ from transformer.config import Config, ConfigError, replace, validate
 class Options:
     """Generate with the model of a recipe, untrained, from prompts that are made up.
 
-    Every number of prompts is tried with every length; texts end at their limit alone.
+    Every number of prompts is tried with every length, on one device; texts end at their limit alone.
     """
 
     recipe: Recipe = ""

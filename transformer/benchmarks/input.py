@@ -2,10 +2,9 @@
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from transformer.arguments import JsonFile, Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, timed
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, resident_bytes, timed
 from transformer.config import Config, ConfigError, replace
 
 READINGS = 20
@@ -64,7 +63,7 @@ def run(options: Options) -> int:
         if number in ends:
             now = time.perf_counter()
             rates.append(tokens / (now - start))
-            memory.append(float(_resident_bytes() or 0))
+            memory.append(float(resident_bytes() or 0))
             tokens, start = 0, now
     share = len(rows) / config.train.batch_size  # of the batch that this process reads
     measurements = {
@@ -97,13 +96,3 @@ def text_of(result: Result) -> str:
             f"resident memory, MiB: {held[0]:,.0f} at a {READINGS}th, {max(held):,.0f} at most, {held[-1]:,.0f} at the end"
         )
     return "\n".join(lines)
-
-
-def _resident_bytes() -> int | None:
-    """Returns the memory that this process holds now, None where the system does not tell."""
-    status = Path("/proc/self/statm")
-    if not status.exists():
-        return None
-    import resource
-
-    return int(status.read_text().split()[1]) * resource.getpagesize()

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from transformer.arguments import JsonFile, Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, timed
-from transformer.config import Config, ConfigError, LayerKind, replace
-from transformer.config.implementations import IMPLEMENTATIONS, Asked
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed
+from transformer.config import Config, ConfigError, LayerKind
+from transformer.config.implementations import IMPLEMENTATIONS
 from transformer.config.model import Mixer
 
 if TYPE_CHECKING:
@@ -101,25 +101,24 @@ def _attention(config: Config, name: str, size: int, length: int) -> Call | str:
     import jax
     import jax.numpy as jnp
 
+    from transformer.models.dot_product import what_is_asked
     from transformer.models.masks import Mask, Tokens
 
     model, implementation = config.model, IMPLEMENTATIONS[name]
-    backend = jax.default_backend()
-    platform = "gpu" if backend == "cuda" else backend
-    asked = Asked(("causal",), (model.head_dim, model.head_dim), model.compute_dtype, platform=platform)
-    if problems := [problem for _, problem in implementation.refusals(asked)]:
-        return problems[0]
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((size, length, heads, model.head_dim) for heads in (model.num_heads, model.kv_heads, model.kv_heads))
     arrays = tuple(jax.random.normal(key, shape, model.compute_dtype) for key, shape in zip(keys, shapes, strict=True))
     places = jnp.broadcast_to(jnp.arange(length), (size, length))
     tokens = Tokens(places, jnp.ones_like(places))
+    asked = what_is_asked(arrays[0], arrays[2], Mask(tokens, tokens))
+    if problems := [problem for _, problem in implementation.refusals(asked)]:
+        return problems[0]
     attend = getattr(importlib.import_module(implementation.module), implementation.function)
     return lambda *inputs: attend(*inputs, Mask(tokens, tokens)), arrays
 
 
-def _layer(config: Config, name: str, size: int, length: int) -> Call | str:
-    """Returns the mixer of one layer, its projections included, or why there is none."""
+def _layer(config: Config, name: str, size: int, length: int) -> Call:
+    """Returns the mixer of one layer, its projections included."""
     import jax
     import jax.numpy as jnp
 
@@ -128,12 +127,13 @@ def _layer(config: Config, name: str, size: int, length: int) -> Call | str:
     from transformer.models.parameters import bind, init_parameters
     from transformer.models.positions import rotary_angles
 
-    model = replace(config, model={"positions": "rotary"}).model
+    model = config.model
     mixer = make_mixer(model, LayerKind(name), model.num_layers)
     params = init_parameters(mixer, jax.random.key(0))
     places = jnp.broadcast_to(jnp.arange(length), (size, length))
     tokens = Tokens(places, jnp.ones_like(places))
-    context = Context(tokens, tokens, rotary=rotary_angles(places, model, model.head_dim))
+    angles = rotary_angles(places, model, model.head_dim) if model.positions == "rotary" else None
+    context = Context(tokens, tokens, rotary=angles)
     x = jax.random.normal(jax.random.key(1), (size, length, model.width), model.compute_dtype)
     return lambda params, x: bind(mixer, params)(x, context, None, 0)[0], (params, x)
 

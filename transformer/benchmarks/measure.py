@@ -5,14 +5,20 @@ import json
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from transformer.config import ConfigError, write_atomically
+
+JsonFile = Annotated[str, tyro.conf.arg(name="json", metavar="FILE")]
+"""The option that names a file for the result; the field is called `json_file`."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")
 
@@ -91,6 +97,26 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def resident_bytes() -> int | None:
+    """Returns the memory that this process holds now, None where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return None
+    import resource
+
+    return int(status.read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_resident_bytes() -> int | None:
+    """Returns the most memory that this process has had, None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
 @dataclass(frozen=True)

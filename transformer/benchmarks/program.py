@@ -16,9 +16,9 @@ from transformer.models.parameters import num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, vocabulary, with_window
 from transformer.optimizers import make_optimizer
-from transformer.parallel.sharding import batch_sharding, make_mesh, replicated
+from transformer.parallel.sharding import batch_sharding, make_mesh
 from transformer.training.state import TrainState, abstract_state, create_state, state_shardings
-from transformer.training.step import make_train_step
+from transformer.training.step import compile_step, make_train_step
 
 FEWEST_LABELS = 2
 """Where only the data tells how many there are."""
@@ -100,14 +100,9 @@ def make_program(config: Config) -> Program:
     rows = batch_sharding(mesh)
     with jax.set_mesh(mesh):
         batch = {name: jax.device_put(array, rows) for name, array in made_up(config).items()}
-        jitted = jax.jit(
-            make_train_step(config, model, optimizer, shardings),
-            in_shardings=(shardings, {name: rows for name in batch}),
-            out_shardings=(shardings, replicated(mesh)),
-            donate_argnums=0,
-        )
+        step = make_train_step(config, model, optimizer, shardings)
         start = time.perf_counter()
-        compiled = jitted.lower(abstract_state(model, optimizer, shardings), batch).compile()
+        compiled = compile_step(step, abstract_state(model, optimizer, shardings), batch, shardings, mesh)
         seconds = time.perf_counter() - start
     return Program(config, model, mesh, compiled, seconds, batch)
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformer.arguments import JsonFile, Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, timed
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed
 from transformer.config import Config, ConfigError, replace
 
 SIZES = {"cpu": (256, 512, 1024, 2048), "other": (2048, 4096, 8192, 16384)}

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformer.arguments import JsonFile, Overrides, Recipe, TrainOptions, exit_status, parse
-from transformer.benchmarks.measure import Measurement, Result, machine
+from transformer.arguments import Overrides, Recipe, TrainOptions, exit_status, parse
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine
 from transformer.config import Config, ConfigError, replace, to_json
 
 PHASES = ("command line", "JAX", "other imports", "data", "state", "compilation", "first step")

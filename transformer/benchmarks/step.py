@@ -1,14 +1,13 @@
 """`transformer benchmark step`: how fast the training step of a recipe is here, and what it needs."""
 
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformer.arguments import JsonFile, Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, timed
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, peak_resident_bytes, timed
 from transformer.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -110,16 +109,6 @@ def text_of(result: Result) -> str:
     if not any(name.startswith("mfu") for name in result.measurements):
         lines.append(f"no MFU: the peak of {where['device_kind']!r} is not known (`benchmark roofline` measures one)")
     return "\n".join(lines)
-
-
-def peak_resident_bytes() -> int | None:
-    """Returns the most memory that this process has had, None where the system does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
 
 
 def slowest(program: "Program", directory: Path) -> str:

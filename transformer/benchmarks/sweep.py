@@ -1,14 +1,13 @@
 """`transformer benchmark sweep`: the fastest way to train a model in the memory that there is."""
 
 import itertools
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from transformer.arguments import JsonFile, Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, timed
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed
 from transformer.config import Config, ConfigError, get, problems_of, replace, to_json, type_of, write_atomically
 
 
@@ -96,8 +95,8 @@ def _settings(options: Options) -> Iterator[Config]:
     size = options.config.train.batch_size
     sizes = sorted(set(options.batch_sizes or (max(1, size // 2), size, 2 * size)))
     problems: dict[str, None] = {}
-    if options.rounds < 1 or options.memory < 0 or statistics.fmean(sizes) <= 0:
-        problems["--rounds must be at least 1, --memory and --batch-sizes not negative"] = None
+    if options.rounds < 1 or options.memory < 0 or sizes[0] < 1:
+        problems["--rounds and --batch-sizes must be at least 1, --memory not negative"] = None
     for name, key in (("remat", "model.remat"), ("attention", "model.attention_implementation")):
         known = get_args(type_of(key))
         for value in getattr(options, name):

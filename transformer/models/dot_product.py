@@ -97,7 +97,7 @@ def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **opti
 
     Raises ConfigError where an implementation that was named cannot compute exactly what is asked.
     """
-    asked = _asked(query, value, mask, **options)
+    asked = what_is_asked(query, value, mask, **options)
     if name == "auto":
         name = _choose(asked, mask)
     else:
@@ -108,7 +108,10 @@ def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **opti
     return function(query, key, value, mask, **options)
 
 
-def _asked(query: Array, value: Array, mask: Mask, bias: Bias | None = None, soft_cap: float = 0.0, **_: Any) -> Asked:
+def what_is_asked(
+    query: Array, value: Array, mask: Mask, bias: Bias | None = None, soft_cap: float = 0.0, **_: Any
+) -> Asked:
+    """Returns what an implementation has to compute, and where."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     platform = "gpu" if platform == "cuda" else platform

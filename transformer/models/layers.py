@@ -99,7 +99,7 @@ materialize.defvjp(lambda x: (materialize(x), None), lambda _, gradient: (materi
 @jax.custom_vjp
 def materialize_gradient(x: Array) -> Array:
     """Returns `x`, and on CPU has its gradient written to memory: XLA would merge a transposition into the product before
-    it, and take ten times as long for that."""
+    it, which then takes several times as long."""
     return x
 
 

@@ -189,8 +189,7 @@ class Transformer(nnx.Module):
             if self.classifier is not None:
                 return self.classifier(hidden.astype(jnp.float32))
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
-            columns = materialize_gradient(table.T)
-            logits = jnp.matmul(as_rows(hidden), columns, preferred_element_type=jnp.float32)
+            logits = jnp.matmul(as_rows(hidden), materialize_gradient(table.T), preferred_element_type=jnp.float32)
             logits = materialize(logits).reshape(*hidden.shape[:-1], -1)
             if config.logit_soft_cap:
                 logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)

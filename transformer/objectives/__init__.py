@@ -31,10 +31,7 @@ def objective_of(config: Config) -> Objective:
 
 
 def with_window(config: Config) -> Config:
-    """Returns `config` with the length of the windows of text that its objective makes examples from.
-
-    Raises ConfigError if a longer one is given than fills an example.
-    """
+    """Returns `config` with the length of its objective's windows of text; ConfigError if a longer one is given."""
     longest, given = objective_of(config).window_length(config), config.data.window_length
     if given is not None and given > longest:
         raise ConfigError(f"data.window_length = {given}: an example holds {longest} tokens of text at most")

@@ -23,13 +23,13 @@ from transformer.models.parameters import Tree, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
 from transformer.optimizers import is_averaged, make_optimizer, replace_average
-from transformer.parallel.sharding import batch_sharding, global_array, local_rows, make_mesh, replicated
+from transformer.parallel.sharding import global_array, local_rows, make_mesh
 from transformer.training import DIVERGED
 from transformer.training.evaluation import Evaluator
 from transformer.training.preemption import Signals, Vote
 from transformer.training.report import Report
 from transformer.training.state import TrainState, abstract_state, create_state, state_shardings
-from transformer.training.step import make_train_step
+from transformer.training.step import compile_step, make_train_step
 
 
 def run(config: Config, workdir: Path) -> int:
@@ -168,12 +168,8 @@ class Loop:
             self.num_traces += 1
             return train_step(state, batch)
 
-        layouts = (shardings, {name: batch_sharding(self.mesh) for name in batch})
-        jitted = jax.jit(
-            counted, in_shardings=layouts, out_shardings=(shardings, replicated(self.mesh)), donate_argnums=0
-        )
         start = time.perf_counter()
-        compiled = jitted.lower(state, batch).compile()
+        compiled = compile_step(counted, state, batch, shardings, self.mesh)
         seconds = time.perf_counter() - start
         memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from transformer.config import Config, microbatch_starts
@@ -13,6 +14,7 @@ from transformer.models.parameters import Tree, parameter_specs
 from transformer.models.transformer import Transformer, apply
 from transformer.objectives import Terms, normalize, objective_of
 from transformer.optimizers import gradient_norm, make_schedule
+from transformer.parallel.sharding import batch_sharding, replicated
 from transformer.training.state import TrainState
 
 Batch = Mapping[str, Array]
@@ -51,6 +53,13 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def compile_step(train_step: TrainStep, state: TrainState, batch: Batch, shardings: TrainState, mesh: Mesh) -> Any:
+    """Compiles the step ahead of time for a state and a batch, or their shapes; a call gives its state away."""
+    rows, whole = {name: batch_sharding(mesh) for name in batch}, replicated(mesh)
+    jitted = jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+    return jitted.lower(state, batch).compile()
 
 
 def make_terms(config: Config, model: Transformer) -> Callable[..., Terms]:
