@@ -55,10 +55,10 @@ def make_train_step(
     return train_step
 
 
-def compile_step(train_step: TrainStep, state: TrainState, batch: Batch, shardings: TrainState, mesh: Mesh) -> Any:
+def compile_step(step: TrainStep, state: TrainState, batch: Mapping[str, Any], layout: TrainState, mesh: Mesh) -> Any:
     """Compiles the step ahead of time for a state and a batch, or their shapes; a call gives its state away."""
     rows, whole = {name: batch_sharding(mesh) for name in batch}, replicated(mesh)
-    jitted = jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0)
+    jitted = jax.jit(step, in_shardings=(layout, rows), out_shardings=(layout, whole), donate_argnums=0)
     return jitted.lower(state, batch).compile()
 
 
