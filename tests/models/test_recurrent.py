@@ -1,7 +1,8 @@
 """Recurrent layers against loops over single tokens in double precision: segments, directions, what is read, caches."""
 
 import dataclasses
-from functools import cache
+import re
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
 from transformer.models.parameters import bind, init_parameters, map_specs, parameter_specs
 from transformer.models.recurrence import CELLS
-from transformer.models.recurrent import STATES, Recurrent
+from transformer.models.recurrent import STATES, Recurrent, orthogonal
 from transformer.models.transformer import Transformer, apply
 
 KINDS = ("lstm", "gru", "mingru")
@@ -234,6 +235,16 @@ def test_gates_that_keep_start_open_and_recurrent_matrices_orthogonal(mixer):
     assert abs(np.std(params["input"]["kernel"]) * np.sqrt(12) - 1) < 0.2
     roles = {spec.role for spec in jax.tree.leaves(parameter_specs(layer), is_leaf=lambda x: hasattr(x, "role"))}
     assert roles == {"matrix", "bias"}
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one layer", "scanned layers"])
+def test_matrices_are_factorised_one_at_a_time(many):
+    # On a CPU a batch of factorisations waits inside XLA's pool of threads for that pool, and may do so for ever.
+    draw = partial(orthogonal, shape=(8, 24))
+    argument = jax.random.split(jax.random.key(0), 5) if many else jax.random.key(0)
+    text = jax.jit(jax.vmap(draw) if many else draw).lower(argument).as_text()
+    products = re.findall(r"custom_call @lapack_sgeqrf\w*\(.*: \(tensor<([\dx]+)xf32>", text)
+    assert products and set(products) == {"8x8"}
 
 
 @cache

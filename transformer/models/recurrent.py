@@ -25,9 +25,10 @@ def orthogonal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns square orthogonal matrices side by side, one for each gate (Saxe et al. 2014, arXiv:1312.6120)."""
     width, total = shape
     make = jax.nn.initializers.orthogonal()
-    blocks = jax.vmap(lambda block_key: make(block_key, (width, width), jnp.float32))(
-        jax.random.split(key, total // width)
-    )
+    # One at a time, however many layers are drawn: on a CPU a thread of XLA's pool that factorises a batch waits for the others
+    # of that pool, and when all of them do so no step is ever taken.
+    one = jax.custom_batching.sequential_vmap(lambda block_key: make(block_key, (width, width), jnp.float32))
+    blocks = jax.lax.map(one, jax.random.split(key, total // width))
     return blocks.swapaxes(0, 1).reshape(shape)
 
 
