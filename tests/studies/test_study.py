@@ -124,6 +124,10 @@ def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, cap
     assert results["outcomes"][0]["parameters"] < results["outcomes"][1]["parameters"]
     assert results["outcomes"][0]["curve"][0][0] == 2
     assert path.read_bytes() == first and (directory / "plot.png").exists()
+    [where] = results["machines"]
+    assert where["device_kind"] and where["versions"]["jax"]
+    report = (directory / "report.md").read_text()
+    assert report.endswith(f"\nTrained on: {where['device_kind']} (JAX {where['versions']['jax']}).\n")
     with pytest.raises(ConfigError, match="'width_9' is not a trial of ablation, which are width_8, width_16"):
         run_study("ablation", base, (0,), ("width_9",), directory)
     trials[0] = Trial("width_8", replace(base, model={"width": 12}), {})

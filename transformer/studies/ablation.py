@@ -74,7 +74,7 @@ def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
                 steps[: len(losses)], losses, label=name.replace("_", " "), linewidth=2.5 if name == "full" else 1.2
             )
     left.set(xlabel="optimizer step", ylabel="validation loss (nats a token)")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for prefix, color in (("full", "#2f6db3"), ("no_residuals", "#c8452c")):
         points = sorted(
             (group[0].facts["layers"], last(group, "cross_entropy"))

@@ -73,14 +73,25 @@ def report(outcomes: Sequence[Outcome]) -> str:
 def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
     """Draws the share over the number of pairs, a curve a mixer."""
     axes = figure.subplots()
+    colors: dict[str, Any] = {}
     for mixer in dict.fromkeys(outcome.facts["mixer"] for outcome in outcomes):
         groups = [group for group in by_trial(outcomes).values() if group[0].facts["mixer"] == mixer]
         points = {group[0].facts["pairs"]: shares for group in groups if (shares := last(group, "accuracy"))}
-        pairs, style = sorted(points), "x" if mixer.endswith("wide") else "o-"
-        axes.plot(pairs, [100 * sum(points[n]) / len(points[n]) for n in pairs], style, label=mixer.replace("_", " "))
+        pairs, shares = sorted(points), [100 * sum(points[n]) / len(points[n]) for n in sorted(points)]
+        if (base := mixer.removesuffix("_wide")) == mixer:
+            style, marker = ("-", "o") if len(colors) < 10 else ("--", "s")
+            [line] = axes.plot(pairs, shares, style, marker=marker, label=mixer.replace("_", " "))
+            colors[mixer] = line.get_color()
+        else:
+            axes.plot(pairs, shares, "x", color=colors.get(base), markersize=9, label=mixer.replace("_", " "))
+    # Whoever knows the values of an example but not which belongs to what is right in 2 of N + 1.
+    known = sorted({outcome.facts["pairs"] for outcome in outcomes})
+    axes.plot(known, [200 / (pairs + 1) for pairs in known], ":", color="black", label="a guess among those told")
     axes.set(xlabel="largest number of pairs", ylabel="values recalled (%)")
     axes.set_xscale("log", base=2)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xticks(known, list(map(str, known)))
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 STUDY = Study(trials, report, draw)

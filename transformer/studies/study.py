@@ -4,19 +4,18 @@ import importlib
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformer.benchmarks.measure import machine
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.studies import STUDIES
 from transformer.training import DIVERGED
@@ -76,9 +75,15 @@ def run_study(name: str, base: Config, seeds: Sequence[int], only: Sequence[str]
     for number, (trial, seed) in enumerate(runs, start=1):
         print(f"{name}: {trial.name}, seed {seed} ({number} of {len(runs)})", flush=True)
         _train(trial, seed, directory)
-    outcomes = [outcome for trial in trials for outcome in _outcomes(trial, directory)]
-    write_atomically(directory / "results.json", json.dumps(_record(name, outcomes), indent=1) + "\n")
+    records = [(trial, record) for trial in trials for record in _records(trial, directory)]
+    outcomes = [_outcome(trial, record) for trial, record in records]
+    machines = _machines(record for _, record in records)
+    result = {"study": name, "machines": machines, "outcomes": list(map(vars, outcomes))}
+    write_atomically(directory / "results.json", json.dumps(result, indent=1) + "\n")
     report = study.report(outcomes)
+    if machines:
+        where = "; ".join(f"{one['device_kind']} (JAX {one['versions']['jax']})" for one in machines)
+        report += f"\nTrained on: {where}.\n"
     write_atomically(directory / "report.md", report)
     print(report)
     _draw(study, outcomes, directory / "plot.png")
@@ -118,6 +123,7 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
         "final": {n: v for n, v in validations[-1].items() if isinstance(v, float)} if validations else {},
         "curve": [(record["step"], record["cross_entropy"]) for record in validations],
         "config": json.loads(to_json(config)),
+        "machine": machine(),
     }
     write_atomically(record, json.dumps(outcome) + "\n")
     # What the study needs is in the record; the weights of a hundred runs would fill a disk.
@@ -150,35 +156,33 @@ def _num_parameters(config: Config) -> int:
     return num_parameters(Transformer(for_platform(config.model, jax.default_backend())))
 
 
-def _outcomes(trial: Trial, directory: Path) -> list[Outcome]:
-    records = [json.loads(path.read_text()) for path in (directory / "runs").glob(f"{trial.name}-*.json")]
-    # Of an older study with other settings, or of a trial whose name begins alike.
-    mine = [
-        record
-        for record in records
-        if record["config"] == json.loads(to_json(replace(trial.config, seed=record["seed"])))
-    ]
-    return [
-        Outcome(
-            trial.name,
-            record["seed"],
-            trial.facts,
-            record["parameters"],
-            record["diverged"],
-            record["final"],
-            [(step, loss) for step, loss in record["curve"]],
-        )
-        for record in sorted(mine, key=lambda record: record["seed"])
-    ]
+def _records(trial: Trial, directory: Path) -> list[dict[str, Any]]:
+    """Returns what is recorded of a trial, by seed."""
+    found = [json.loads(path.read_text()) for path in (directory / "runs").glob(f"{trial.name}-*.json")]
+    # Others are of an older study with other settings, or of a trial whose name begins alike.
+    mine = [r for r in found if r["config"] == json.loads(to_json(replace(trial.config, seed=r["seed"])))]
+    return sorted(mine, key=lambda record: record["seed"])
 
 
-def _record(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    return {
-        "study": name,
-        "versions": {package: version(package) for package in ("jax", "flax", "optax")},
-        "python": platform.python_version(),
-        "outcomes": [vars(outcome) for outcome in outcomes],
-    }
+def _outcome(trial: Trial, record: Mapping[str, Any]) -> Outcome:
+    return Outcome(
+        trial.name,
+        record["seed"],
+        trial.facts,
+        record["parameters"],
+        record["diverged"],
+        record["final"],
+        [(step, loss) for step, loss in record["curve"]],
+    )
+
+
+def _machines(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the machines that runs were made on, each once."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if record["machine"] not in found:
+            found.append(record["machine"])
+    return found
 
 
 def _draw(study: Study, outcomes: Sequence[Outcome], path: Path) -> None:
