@@ -1,0 +1,117 @@
+"""German to English on Multi30k: trains recipes with several seeds, and scores what each checkpoint makes of the test set.
+
+    python benchmarks/translation.py multi30k_transformer multi30k_gru --data multi30k --workdir runs/translation
+
+`--data` holds train, val and test_2016, each as .de and .en, a sentence a line. Each run is `train.py`, as a user starts it,
+and each translation `transformer generate` with five beams; further options go to `train.py` as they are. BLEU is sacrebleu's, in
+lower case. What is in the working directory already is not made again. Needs the extras `translation` and `plots`; the
+result goes to benchmarks/results/, with a plot beside it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY_STEPS = 1000
+
+
+def run(recipe: str, seed: int, data: Path, directory: Path, options: list[str]) -> dict[str, Any]:
+    """Trains and translates, unless that is done, and returns what came out."""
+    texts = {
+        f"{split}{side}_path": data / f"{name}.{language}"
+        for split, name in (("", "train"), ("validation_", "val"))
+        for side, language in (("source", "de"), ("target", "en"))
+    }
+    translations, where = directory / "translations", directory / "machine.json"
+    if not where.exists():
+        command = [str(ROOT / "train.py"), "--config", recipe, "--workdir", str(directory), "--seed", str(seed)]
+        command += [word for name, path in texts.items() for word in (f"--data.{name}", str(path))]
+        command += ["--checkpoint.every-steps", str(EVERY_STEPS), "--checkpoint.keep-every-steps", str(EVERY_STEPS)]
+        subprocess.run([sys.executable, *command, *options], check=True, stdout=sys.stderr)
+        show = "import json; from transformer.benchmarks.measure import machine; print(json.dumps(machine()))"
+        found = subprocess.run([sys.executable, "-c", show], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        where.write_text(found.stdout)
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    curve = [(r["step"], r["cross_entropy"]) for r in records if r["split"] == "validation"]
+    last = curve[-1][0]
+    steps = sorted({*range(EVERY_STEPS, last, EVERY_STEPS), last})
+    translations.mkdir(exist_ok=True)
+    for step in steps:
+        if not (output := translations / f"{step}.en").exists():
+            program = "from transformer.cli import main; main()"
+            command = ["generate", "--workdir", str(directory), "--step", str(step), "--beams", "5"]
+            command += ["--max-tokens", "80", "--batch-size", "128"]
+            command += ["--prompt-file", str(data / "test_2016.de"), "--output", str(output)]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            subprocess.run([sys.executable, "-c", program, *command], check=True, env=environment, stdout=sys.stderr)
+    reference = (data / "test_2016.en").read_text().splitlines()
+    config = json.loads((directory / "config.json").read_text())
+    return {
+        "seed": seed,
+        "learning_rate": config["optimizer"]["learning_rate"],
+        "dropout": config["model"]["dropout"],
+        "machine": json.loads(where.read_text()),
+        "validation_cross_entropy": curve,
+        "bleu": [(step, bleu((translations / f"{step}.en").read_text().splitlines(), reference)) for step in steps],
+    }
+
+
+def bleu(texts: list[str], reference: list[str]) -> float:
+    """Returns sacrebleu's BLEU of a corpus, both in lower case."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    return round(BLEU(lowercase=True, force=True).corpus_score(texts, [reference]).score, 2)
+
+
+def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws validation loss and BLEU over the steps, a line a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=130, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for number, (recipe, runs) in enumerate(result.items()):
+        for at, one in enumerate(runs):
+            for axes, name in zip(panels, ("validation_cross_entropy", "bleu"), strict=True):
+                axes.plot(*zip(*one[name], strict=True), ".-", color=f"C{number}", label="" if at else recipe)
+    panels[0].set(xlabel="optimizer step", ylabel="validation loss (nats a token)", yscale="log")
+    panels[1].set(xlabel="optimizer step", ylabel="BLEU of test_2016")
+    panels[1].legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--name", default="multi30k")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments, options = parser.parse_known_args()
+    result = {
+        recipe: [
+            run(recipe, seed, arguments.data, arguments.workdir / f"{recipe}-{seed}", options)
+            for seed in arguments.seeds
+        ]
+        for recipe in arguments.recipes
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{datetime.date.today().isoformat()}-{arguments.name}.json"
+    path.write_text(json.dumps({"options": options, "runs": result}, indent=1) + "\n")
+    draw(result, path.with_suffix(".png"))
+    for recipe, runs in result.items():
+        last = [one["bleu"][-1][1] for one in runs]
+        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        print(f"{recipe}: BLEU {statistics.mean(last):.2f}{spread} of {len(last)} seeds")
+
+
+if __name__ == "__main__":
+    main()
