@@ -352,9 +352,12 @@ def _parse_study(arguments: Sequence[str]) -> Options:
         return parse_options(StudyOptions, arguments, f"transformer study {{{','.join(STUDIES)}}}")
     if name not in STUDIES:
         raise ConfigError(f"{name!r} is not a study, which are {', '.join(STUDIES)}{nearest(name, tuple(STUDIES))}")
-    given = any(argument.partition("=")[0] == "--config" for argument in rest)
-    recipe = [] if given else ["--config", STUDIES[name][1]]
+    recipe = [] if _has_recipe(rest) else ["--config", STUDIES[name][1]]
     return parse_options(StudyOptions, ["--study", name, *recipe, *rest], f"transformer study {name}")
+
+
+def _has_recipe(arguments: Sequence[str]) -> bool:
+    return any(argument.partition("=")[0] == "--config" for argument in arguments)
 
 
 def _parse_benchmark(arguments: Sequence[str]) -> Options:
@@ -366,6 +369,8 @@ def _parse_benchmark(arguments: Sequence[str]) -> Options:
         known = ", ".join(BENCHMARKS)
         raise ConfigError(f"{name!r} is not a benchmark, which are {known}{nearest(name, tuple(BENCHMARKS))}")
     kind = importlib.import_module(BENCHMARKS[name][0]).Options
+    if recipe := getattr(kind, "RECIPE", None):
+        rest = [*([] if _has_recipe(rest) else ["--config", recipe]), *rest]
     flags = [
         part
         for word in getattr(kind, "WORDS", ())

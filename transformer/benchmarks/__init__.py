@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "input": ("transformer.benchmarks.input", "the pipeline of batches alone, against what the step takes"),
     "sweep": ("transformer.benchmarks.sweep", "the fastest setting of a recipe that fits into the memory"),
     "decode": ("transformer.benchmarks.decode", "time to the first token and to each further one, by batch and prompt"),
+    "rnn": ("transformer.benchmarks.rnn", "recurrent networks against attention, by the length of the text"),
     "compare": ("transformer.benchmarks.compare", "two results, as ratios with their spread"),
 }
 """Module by name, and what it measures; a module has the dataclass Options, and `run` from it to an exit status."""

@@ -56,7 +56,7 @@ def run(options: Options) -> int:
     for name in options.only or known:
         for length in options.lengths:
             size, row = options.batch_size, f"{name:<24}{length:>8}"
-            made = _attention if name in IMPLEMENTATIONS else _layer
+            made = _attention if name in IMPLEMENTATIONS else layer
             found = made(options.config, name, size, length)
             if isinstance(found, str):
                 print(f"{row}  {found}", flush=True)
@@ -117,7 +117,7 @@ def _attention(config: Config, name: str, size: int, length: int) -> Call | str:
     return lambda *inputs: attend(*inputs, Mask(tokens, tokens)), arrays
 
 
-def _layer(config: Config, name: str, size: int, length: int) -> Call:
+def layer(config: Config, name: str, size: int, length: int) -> Call:
     """Returns the mixer of one layer, its projections included."""
     import jax
     import jax.numpy as jnp

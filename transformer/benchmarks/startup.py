@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 from transformer.arguments import Overrides, Recipe, TrainOptions, exit_status, parse
 from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine
 from transformer.config import Config, ConfigError, replace, to_json
+from transformer.own_process import own_process
 
 PHASES = ("command line", "JAX", "other imports", "data", "state", "compilation", "first step")
 """In the order in which they pass; what lies between two is counted with the later."""
@@ -68,15 +68,9 @@ def first_step(config: Config, workdir: Path) -> dict[str, float]:
     """Starts a process that trains for one step and returns the seconds of each phase."""
     recipe, found = workdir.with_suffix(".config.json"), workdir.with_suffix(".phases.json")
     recipe.write_text(to_json(config))
-    search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-c", "from transformer.benchmarks.startup import child; child()"]
     arguments = [repr(time.time()), str(found), "--config", str(recipe), "--workdir", str(workdir)]
-    done = subprocess.run(
-        command + arguments,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
-        capture_output=True,
-        text=True,
-    )
+    command, environment = own_process("from transformer.benchmarks.startup import child; child()", arguments)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"the run ended with status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
     return json.loads(found.read_text())

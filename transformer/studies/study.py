@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import shutil
 import signal
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 
 from transformer.benchmarks.measure import machine
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
+from transformer.own_process import own_process
 from transformer.studies import STUDIES
 from transformer.training import DIVERGED
 from transformer.training.metrics import read_metrics
@@ -99,14 +99,12 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
             return
         raise ConfigError(f"{record} is of another configuration: choose another --workdir, or delete it")
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(to_json(config))
         # A process of its own, so that a run that takes all memory does not take the study with it.
-        program = "from transformer.cli import main; main()"
-        command = [sys.executable, "-c", program, "train", "--config", str(recipe), "--workdir", str(workdir)]
-        status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)})
+        arguments = ["train", "--config", str(recipe), "--workdir", str(workdir)]
+        status = _run(*own_process("from transformer.cli import main; main()", arguments))
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         # It saved its state, and goes on when the study does.
         raise SystemExit(status)

@@ -1,4 +1,6 @@
-"""The longest chain of matrix products that wait for each other in a compiled program: what no parallel hardware shortens.
+"""Matrix products of a compiled program: the longest chain that wait for each other, and the work and bytes of all.
+
+The chain is what no parallel hardware shortens.
 
 A program's operations form a graph of data dependence. From every input of a computation to every output leads a longest
 path, counted in products; calls put paths together, and a loop of n turns raises its table of paths from turn to turn to the
@@ -45,10 +47,53 @@ def longest_chain(hlo: str) -> int:
     return int(max(0, np.max(_Program(computations).table(entry))))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What all products of a program amount to, each as often as it is computed."""
+
+    flops: int = 0
+    bytes: int = 0
+    """Read and written by products, each for itself: operands and result."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: int) -> "Work":
+        return Work(count * self.flops, count * self.bytes)
+
+
+def work_of_products(hlo: str) -> Work:
+    """Returns the work of a program on one device, as `as_text()` prints it; of branches that of the largest.
+
+    Raises ValueError for a loop with products of which XLA does not know how often it turns, or a product that it does not
+    describe.
+    """
+    computations, entry = _parse(hlo)
+    return _Program(computations).work(entry)
+
+
 class _Program:
     def __init__(self, computations: dict[str, list[Instruction]]):
         self.computations = computations
         self.tables: dict[str, Table] = {}
+        self.works: dict[str, Work] = {}
+
+    def work(self, name: str) -> Work:
+        """Returns the work of the products of a computation and of what it calls."""
+        if name not in self.works:
+            types = {instruction.name: instruction.type for instruction in self.computations[name]}
+            found = (self._work(instruction, types) for instruction in self.computations[name])
+            self.works[name] = sum(found, Work())
+        return self.works[name]
+
+    def _work(self, instruction: Instruction, types: dict[str, str]) -> Work:
+        if instruction.opcode == "while":
+            body = self.work(_attribute(instruction, "body") or "")
+            return body.times(_turns(instruction, has_products=body.flops > 0) or 0)
+        if _is_product(instruction):
+            return _work_of_product(instruction, types)
+        called = [name for name in _called(instruction) if name in self.computations]
+        return max((self.work(name) for name in called), key=lambda work: work.flops, default=Work())
 
     def table(self, name: str) -> Table:
         """Returns the table of a computation, its outputs and inputs being the arrays in its tuples, in order."""
@@ -88,40 +133,74 @@ class _Program:
             return given[0][:, sum(sizes[:index]) : sum(sizes[: index + 1])]
         if instruction.opcode == "while":
             return _through(whole, self._loop(instruction))[:, 1:]
-        called = _attribute(instruction, "calls") or (
-            _attribute(instruction, "to_apply") if instruction.opcode == "call" else None
-        )
-        if called in self.computations:
-            return _through(whole, self.table(called))[:, 1:]
+        called = _called(instruction)
         if instruction.opcode == "conditional":
-            names = re.findall(r"%?([\w.\-]+)", _braces(instruction.attributes, "branch_computations"))
-            names += [n for key in ("true_computation", "false_computation") if (n := _attribute(instruction, key))]
             found = [
                 _through(np.concatenate([start, argument], axis=1), self.table(name))
-                for name, argument in zip(names, given[1:], strict=True)
+                for name, argument in zip(called, given[1:], strict=True)
             ]
             decided = np.max(given[0], axis=1, keepdims=True)
             return np.maximum(np.max(np.stack(found), axis=0), decided)[:, 1:]
+        if called and called[0] in self.computations:
+            return _through(whole, self.table(called[0]))[:, 1:]
         longest = np.max(whole, axis=1, keepdims=True)
-        is_product = instruction.opcode in _PRODUCTS or bool(_LIBRARY_PRODUCT.search(instruction.attributes))
-        return np.repeat(longest + is_product, len(_leaves(instruction.type)), axis=1)
+        return np.repeat(longest + _is_product(instruction), len(_leaves(instruction.type)), axis=1)
 
     def _loop(self, instruction: Instruction) -> Table:
         body = self.table(_attribute(instruction, "body") or "")
-        turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+        turns = _turns(instruction, has_products=bool(np.max(body) > 0))
         if turns is None:
-            if np.max(body) > 0:
-                raise ValueError(
-                    f"how often the loop {instruction.name} turns is not known, and there are products in it"
-                )
             # Without products a path is one or none, and any there is shows within as many turns as there are arrays.
             body = np.maximum(body, _identity(len(body)))
-        power, result, count = body, None, len(body) if turns is None else int(turns.group(1))
+        power, result, count = body, None, len(body) if turns is None else turns
         while count:
             if count % 2:
                 result = power if result is None else _through(result, power)
             power, count = _through(power, power), count // 2
         return _identity(len(body)) if result is None else result
+
+
+def _is_product(instruction: Instruction) -> bool:
+    return instruction.opcode in _PRODUCTS or bool(_LIBRARY_PRODUCT.search(instruction.attributes))
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """Returns the computations that an instruction passes its operands to; of a conditional its branches."""
+    if instruction.opcode == "conditional":
+        names = re.findall(r"%?([\w.\-]+)", _braces(instruction.attributes, "branch_computations"))
+        return names + [n for key in ("true_computation", "false_computation") if (n := _attribute(instruction, key))]
+    name = _attribute(instruction, "calls") or (
+        _attribute(instruction, "to_apply") if instruction.opcode == "call" else None
+    )
+    return [] if name is None else [name]
+
+
+def _turns(instruction: Instruction, has_products: bool) -> int | None:
+    """Returns how often a loop turns, None where that is not known; raises ValueError if it has products."""
+    turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+    if turns is None and has_products:
+        raise ValueError(f"how often the loop {instruction.name} turns is not known, and there are products in it")
+    return None if turns is None else int(turns.group(1))
+
+
+def _work_of_product(instruction: Instruction, types: dict[str, str]) -> Work:
+    """Returns the work of one product from the shapes of its operands and what it contracts."""
+    given = [_shape(_leaves(types[name])[0]) for name in instruction.operands[:2]]
+    result = _shape(_leaves(instruction.type)[0])
+    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.attributes)
+    if found is None:
+        raise ValueError(f"what the product {instruction.name} contracts is not known")
+    contracted = math.prod(given[0][1][int(dim)] for dim in found.group(1).replace('"', "").split(",") if dim)
+    moved = sum(bits * math.prod(shape) for bits, shape in (*given, result)) // 8
+    return Work(2 * contracted * math.prod(result[1]), moved)
+
+
+def _shape(kind: str) -> tuple[int, tuple[int, ...]]:
+    """Returns the bits of an element and the shape of a type, such as `f32[4,8]{1,0}`."""
+    found = re.match(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", kind)
+    assert found is not None, kind
+    bits = 8 if found.group(1) == "pred" else int(found.group(2))
+    return bits, tuple(int(size) for size in found.group(3).split(",") if size)
 
 
 def _start(num_inputs: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer.benchmarks.chain import longest_chain
+from transformer.benchmarks.products import Work, longest_chain, work_of_products
 from transformer.config import ModelConfig
 from transformer.models.parameters import abstract_parameters
 from transformer.models.transformer import Transformer, apply
@@ -96,3 +96,27 @@ def test_a_recurrent_network_waits_for_every_token_forward_and_back(mixer: str) 
     short, long = (chain_of(length, layers=f"{mixer}/none") for length in (16, 48))
     products = 1 if mixer == "lstm" else 2
     assert 2 * (48 - 16) <= long - short <= 2 * 2 * products * (48 - 16)
+
+
+WORK: dict[str, tuple[Callable[[Any, Any], Any], Work]] = {
+    "no product": (lambda x, w: jnp.sum(x) + w, Work()),
+    "one": (lambda x, w: x @ w, Work(2 * 4 * 8 * 8, 4 * (32 + 64 + 32))),
+    "each turn of a loop": (
+        lambda x, w: repeated(lambda turn, h: jnp.tanh(h @ w), 10, x),
+        Work(10 * 2 * 4 * 8 * 8, 10 * 4 * (32 + 64 + 32)),
+    ),
+    "a batch of products": (
+        lambda x, w: jnp.einsum("bij,bjk->bik", jnp.stack([x, 2 * x, 3 * x]), jnp.stack([w, w + 1, w + 2])),
+        Work(3 * 2 * 4 * 8 * 8, 3 * 4 * (32 + 64 + 32)),
+    ),
+    "the larger branch": (
+        lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda x: jnp.tanh(x @ w) @ w, lambda x: x @ w, x),
+        Work(2 * 2 * 4 * 8 * 8, 2 * 4 * (32 + 64 + 32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_that_is_known(name: str) -> None:
+    function, expected = WORK[name]
+    assert work_of_products(text_of(function, X, W)) == expected

@@ -1,0 +1,206 @@
+"""`transformer benchmark rnn`: recurrent networks, mixers with a state and attention, by the length of the text.
+
+At equal parameters and tokens a step a longer text costs attention more work, and a recurrent network more waiting: its products
+form a chain as long as the text. What that makes of the time depends on how much the hardware does at once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+from transformer.arguments import Overrides, Recipe
+from transformer.benchmarks.measure import Measurement, Result, machine, timed
+from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
+from transformer.config.model import Mixer
+from transformer.own_process import own_process
+
+DEVICES = 8
+"""Simulated, among which one text is split."""
+SPLIT_LENGTH = 1024
+"""Tokens of that text."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train with each mixer on texts of each length, and report speed, memory, chains of products and what follows.
+
+    The feed-forward part is as wide as makes the parameters equal. What needs more than --memory is compiled and not run.
+    """
+
+    RECIPE: ClassVar[str] = "parallelism"
+    recipe: Recipe = ""
+    """A name in configs/, the path of a recipe or of a config.json, or a run directory; none: `parallelism`."""
+    lengths: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
+    """Tokens of a text."""
+    mixers: tuple[str, ...] = ("attention", "lstm", "gru", "mingru", "linear_attention", "gated_delta_net", "mamba2")
+    """What is compared."""
+    tokens: int = 16384
+    """Tokens of a step."""
+    memory: float = 8.0
+    """GiB that a step may need."""
+    rounds: int = 3
+    """Steps that are timed."""
+    output: str = ""
+    """Directory for result.json, report.md and plot.png; empty: the report is printed."""
+    config: Overrides = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One mixer on texts of one length."""
+
+    mixer: str
+    length: int
+    parameters: int
+    seconds: tuple[float, ...]
+    """Of each step that was timed; empty where it was not run."""
+    bytes: int
+    """That the compiled step needs."""
+    flops: int
+    """Of all products of the compiled step."""
+    product_bytes: int
+    """Read and written by them."""
+    chain: int
+    """Products of the step that wait for each other; of attention as it is defined, every score at once."""
+
+
+def run(options: Options) -> int:
+    if problem := _problem(options):
+        raise ConfigError(problem)
+    from transformer.parallel import startup
+
+    startup.start(options.config)
+    from transformer.benchmarks import rnn_report
+    from transformer.benchmarks.roofline import ceilings
+
+    calls, work = ceilings(options.config.model.compute_dtype)
+    products = {name: call for name, call in calls.items() if name != "memory"}
+    fastest = {name: work[name] / min(seconds) for name, seconds in timed(products, options.rounds, 2).items()}
+    cells = [cell for length in options.lengths for cell in measure(options, length)]
+    facts = {"cells": [asdict(cell) for cell in cells], "ceiling": max(fastest.values()), "split": split(options)}
+    subject = {"tokens": options.tokens, "model": json.loads(to_json(options.config))["model"]}
+    seconds = {f"{c.mixer}, {c.length} tokens": Measurement(c.seconds, "s") for c in cells if c.seconds}
+    result = Result("rnn", subject, machine(), seconds, facts)
+    report = rnn_report.report(cells, facts["ceiling"], facts["split"], result.machine)
+    print(report)
+    if options.output:
+        directory = Path(options.output).expanduser()
+        directory.mkdir(parents=True, exist_ok=True)
+        result.write(str(directory / "result.json"))
+        write_atomically(directory / "report.md", report)
+        rnn_report.draw(cells, facts["ceiling"], directory / "plot.png")
+    return 0
+
+
+def _problem(options: Options) -> str | None:
+    if options.rounds < 1 or not options.lengths or min(options.lengths) < 1:
+        return "--rounds and --lengths must be at least 1"
+    if unknown := [name for name in options.mixers if name not in get_args(Mixer)]:
+        return f"--mixers = {unknown[0]!r}: must be of {', '.join(get_args(Mixer))}"
+    if odd := [length for length in options.lengths if options.tokens % length or length > options.tokens]:
+        return f"--tokens = {options.tokens}: must be a multiple of every length, which {odd[0]} does not divide"
+    return None
+
+
+def measure(options: Options, length: int) -> list[Cell]:
+    """Compiles the step of every mixer for one length, and times in turn those that fit."""
+    from transformer.benchmarks.products import longest_chain, work_of_products
+    from transformer.benchmarks.program import make_program
+
+    programs, found = {}, {}
+    for mixer in options.mixers:
+        config = with_mixer(options.config, mixer, length, options.tokens // length)
+        program = make_program(config)
+        text = program.compiled.as_text()
+        chain = text
+        if mixer == "attention":
+            # Implementations that go through the text in blocks make a chain of them to save memory; nothing demands it.
+            defined = replace(config, model={"attention_implementation": "reference"})
+            chain = make_program(defined).compiled.as_text()
+        work = work_of_products(text)
+        peak = program.memory["peak"]
+        print(f"compiled {mixer}, {length} tokens: {peak / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
+        cell = Cell(mixer, length, program.num_parameters, (), peak, work.flops, work.bytes, longest_chain(chain))
+        found[mixer] = cell
+        if peak <= options.memory * 2**30:
+            programs[mixer] = program
+    seconds = timed(programs, options.rounds) if programs else {}
+    return [Cell(**{**asdict(cell), "seconds": tuple(seconds.get(mixer, ()))}) for mixer, cell in found.items()]
+
+
+def with_mixer(config: Config, mixer: str, length: int, rows: int) -> Config:
+    """Returns the configuration with another mixer in every layer, texts of a length, and as many parameters."""
+    import jax
+
+    from transformer.checkpointing.run import for_platform, resolve
+    from transformer.models.parameters import num_parameters
+    from transformer.models.transformer import Transformer
+    from transformer.objectives import vocabulary
+
+    config = replace(config, data={"sequence_length": length}, train={"batch_size": rows})
+
+    def parameters(changed: Config) -> int:
+        model = resolve(changed, vocabulary.without_data(changed)).model
+        return num_parameters(Transformer(for_platform(model, jax.default_backend())))
+
+    wanted = parameters(config)
+    changed = replace(config, model={"layers": mixer, "state_width": None})
+    # The number of parameters is linear in the width of the feed-forward part.
+    narrow, wide = (parameters(replace(changed, model={"feedforward_width": 8 * n})) for n in (1, 2))
+    width = 8 * max(1, 1 + round((wanted - narrow) / (wide - narrow)))
+    return replace(changed, model={"feedforward_width": width})
+
+
+def split(options: Options) -> dict[str, float]:
+    """Returns how many of eight simulated devices work on products at once when each has an eighth of one text."""
+    settings = {"config": to_json(options.config), "mixers": options.mixers}
+    command, environment = own_process("from transformer.benchmarks.rnn import child; child()")
+    environment |= {"JAX_PLATFORMS": "cpu", "NPROC": str(2 * DEVICES)}
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(command, env=environment, input=json.dumps(settings), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"the process with {DEVICES} devices ended with status {done.returncode}: {done.stderr[-2000:]}"
+        )
+    return json.loads(done.stdout)
+
+
+def child() -> None:
+    """The process with several devices: reads what to compile, and writes what each mixer's devices do."""
+    settings = json.load(sys.stdin)
+    print(json.dumps({mixer: devices_at_once(from_json(settings["config"]), mixer) for mixer in settings["mixers"]}))
+
+
+def devices_at_once(config: Config, mixer: str) -> float:
+    """Returns the work of a layer's products over that of one device, of those among which one text is split.
+
+    A device that has to do all of it, because it waits for what comes before its part, counts as none beside the others.
+    """
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from transformer.benchmarks.kernels import layer
+    from transformer.benchmarks.products import work_of_products
+
+    config = replace(config, model={"attention_implementation": "reference", "compute_dtype": "float32"})
+    function, (params, x) = layer(config, mixer, 1, SPLIT_LENGTH)
+    mesh = jax.sharding.Mesh(jax.devices(), ("sequence",))
+    parts, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "sequence"), ()))
+    alone = jax.jit(function).lower(params, x).compile()
+    together = jax.jit(function, in_shardings=(whole, parts), out_shardings=parts).lower(params, x).compile()
+    return work_of_products(_text(alone)).flops / work_of_products(_text(together)).flops
+
+
+def _text(compiled: Any) -> str:
+    text = compiled.as_text()
+    assert text is not None
+    return text
+
+
+def lengths_of(cells: Sequence[Cell]) -> list[int]:
+    return sorted({cell.length for cell in cells})
