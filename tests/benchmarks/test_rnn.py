@@ -7,8 +7,8 @@ import pytest
 
 from transformer.arguments import load_config
 from transformer.benchmarks import roofline
-from transformer.benchmarks.rnn import Cell, Options, run, split, with_mixer
-from transformer.benchmarks.rnn_report import LANE, fit, predicted, report
+from transformer.benchmarks.rnn import Options, run, split, with_mixer
+from transformer.benchmarks.rnn_report import LANE, Cell, fit, predicted, report
 from transformer.checkpointing.run import for_platform, resolve
 from transformer.config import ConfigError, replace
 from transformer.models.parameters import num_parameters

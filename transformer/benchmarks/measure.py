@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import random
 import statistics
@@ -41,6 +42,16 @@ def timed(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) 
             if number >= 0:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def own_process(program: str, arguments: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """Returns command and environment of a Python that runs `program` and finds the package that this one has.
+
+    For what should not share this process's memory, caches or devices.
+    """
+    search_path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
+    return [sys.executable, "-c", program, *arguments], environment
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, timed
+from transformer.benchmarks.measure import Measurement, Result, machine, own_process, timed
+from transformer.benchmarks.rnn_report import DEVICES, SPLIT_LENGTH, Cell, draw, report
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.config.model import Mixer
-from transformer.own_process import own_process
-
-DEVICES = 8
-"""Simulated, among which one text is split."""
-SPLIT_LENGTH = 1024
-"""Tokens of that text."""
 
 
 @dataclass(frozen=True)
@@ -50,32 +44,12 @@ class Options:
     config: Overrides = field(default_factory=Config)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One mixer on texts of one length."""
-
-    mixer: str
-    length: int
-    parameters: int
-    seconds: tuple[float, ...]
-    """Of each step that was timed; empty where it was not run."""
-    bytes: int
-    """That the compiled step needs."""
-    flops: int
-    """Of all products of the compiled step."""
-    product_bytes: int
-    """Read and written by them."""
-    chain: int
-    """Products of the step that wait for each other; of attention as it is defined, every score at once."""
-
-
 def run(options: Options) -> int:
     if problem := _problem(options):
         raise ConfigError(problem)
     from transformer.parallel import startup
 
     startup.start(options.config)
-    from transformer.benchmarks import rnn_report
     from transformer.benchmarks.roofline import ceilings
 
     calls, work = ceilings(options.config.model.compute_dtype)
@@ -86,14 +60,14 @@ def run(options: Options) -> int:
     subject = {"tokens": options.tokens, "model": json.loads(to_json(options.config))["model"]}
     seconds = {f"{c.mixer}, {c.length} tokens": Measurement(c.seconds, "s") for c in cells if c.seconds}
     result = Result("rnn", subject, machine(), seconds, facts)
-    report = rnn_report.report(cells, facts["ceiling"], facts["split"], result.machine)
-    print(report)
+    text = report(cells, facts["ceiling"], facts["split"], result.machine)
+    print(text)
     if options.output:
         directory = Path(options.output).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         result.write(str(directory / "result.json"))
-        write_atomically(directory / "report.md", report)
-        rnn_report.draw(cells, facts["ceiling"], directory / "plot.png")
+        write_atomically(directory / "report.md", text)
+        draw(cells, facts["ceiling"], directory / "plot.png")
     return 0
 
 
@@ -200,7 +174,3 @@ def _text(compiled: Any) -> str:
     text = compiled.as_text()
     assert text is not None
     return text
-
-
-def lengths_of(cells: Sequence[Cell]) -> list[int]:
-    return sorted({cell.length for cell in cells})

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from transformer.benchmarks.rnn import DEVICES, SPLIT_LENGTH, Cell, lengths_of
-
+DEVICES = 8
+"""Simulated, among which one text is split."""
+SPLIT_LENGTH = 1024
+"""Tokens of that text."""
 LANE = 6e9
 """FLOP/s of a lane: a multiplication and an addition in each cycle of 3 GHz."""
 LANES = (10, 1_000, 100_000)
@@ -21,6 +23,25 @@ PREDICTED = tuple(2**power for power in range(6, 21))
 """Lengths that the model of time is asked about."""
 PAIR = ("lstm", "attention")
 """What it compares."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One mixer on texts of one length."""
+
+    mixer: str
+    length: int
+    parameters: int
+    seconds: tuple[float, ...]
+    """Of each step that was timed; empty where it was not run."""
+    bytes: int
+    """That the compiled step needs."""
+    flops: int
+    """Of all products of the compiled step."""
+    product_bytes: int
+    """Read and written by them."""
+    chain: int
+    """Products of the step that wait for each other; of attention as it is defined, every score at once."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +111,7 @@ def report(cells: Sequence[Cell], ceiling: float, at_once: Mapping[str, float], 
     """Returns everything in Markdown."""
     mixers = list(dict.fromkeys(c.mixer for c in cells))
     by_place = {(c.mixer, c.length): c for c in cells}
-    lengths = lengths_of(cells)
+    lengths = sorted({c.length for c in cells})
 
     def table(show: Any) -> str:
         header = ["mixer", *(f"{length:,} tokens" for length in lengths)]

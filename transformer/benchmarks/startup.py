@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from transformer.arguments import Overrides, Recipe, TrainOptions, exit_status, parse
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process
 from transformer.config import Config, ConfigError, replace, to_json
-from transformer.own_process import own_process
 
 PHASES = ("command line", "JAX", "other imports", "data", "state", "compilation", "first step")
 """In the order in which they pass; what lies between two is counted with the later."""

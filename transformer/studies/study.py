@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformer.benchmarks.measure import machine
+from transformer.benchmarks.measure import machine, own_process
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
-from transformer.own_process import own_process
 from transformer.studies import STUDIES
 from transformer.training import DIVERGED
 from transformer.training.metrics import read_metrics
