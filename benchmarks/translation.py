@@ -2,10 +2,10 @@
 
     python benchmarks/translation.py multi30k_transformer multi30k_gru --data multi30k --workdir runs/translation
 
-`--data` holds train, val and test_2016, each as .de and .en, a sentence a line. Each run is `train.py`, as a user starts it,
-and each translation `transformer generate` with five beams; further options go to `train.py` as they are. BLEU is sacrebleu's, in
-lower case. What is in the working directory already is not made again. Needs the extras `translation` and `plots`; the
-result goes to benchmarks/results/, with a plot beside it.
+Recipes come first. `--data` holds train, val and test_2016, each as .de and .en, a sentence a line. Each run is `train.py`, as a
+user starts it, and each translation `transformer generate` with five beams; further options go to `train.py` as they are. BLEU
+is sacrebleu's, in lower case. What is in the working directory already is not made again, and is refused where it was made with
+other options or data. Needs the extras `translation` and `plots`; the result goes to benchmarks/results/, with a plot beside it.
 """
 
 import argparse
@@ -30,6 +30,11 @@ def run(recipe: str, seed: int, data: Path, directory: Path, options: list[str])
         for side, language in (("source", "de"), ("target", "en"))
     }
     translations, where = directory / "translations", directory / "machine.json"
+    asked = json.dumps({"recipe": recipe, "seed": seed, "data": str(data.resolve()), "options": options})
+    if (known := directory / "asked.json").exists() and known.read_text() != asked:
+        raise SystemExit(f"{directory} was made for {known.read_text()}, and this is {asked}: choose another --workdir")
+    directory.mkdir(parents=True, exist_ok=True)
+    known.write_text(asked)
     if not where.exists():
         command = [str(ROOT / "train.py"), "--config", recipe, "--workdir", str(directory), "--seed", str(seed)]
         command += [word for name, path in texts.items() for word in (f"--data.{name}", str(path))]
@@ -88,7 +93,9 @@ def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
@@ -105,12 +112,17 @@ def main() -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{datetime.date.today().isoformat()}-{arguments.name}.json"
-    path.write_text(json.dumps({"options": options, "runs": result}, indent=1) + "\n")
+    seeds = " ".join(map(str, arguments.seeds))
+    command = f"python benchmarks/translation.py {' '.join(arguments.recipes)} --data multi30k --workdir W --seeds {seeds}"
+    record = {"command": " ".join([command, *options]), "date": datetime.date.today().isoformat(), "runs": result}
+    path.write_text(json.dumps(record, indent=1) + "\n")
     draw(result, path.with_suffix(".png"))
     for recipe, runs in result.items():
-        last = [one["bleu"][-1][1] for one in runs]
-        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
-        print(f"{recipe}: BLEU {statistics.mean(last):.2f}{spread} of {len(last)} seeds")
+        print(f"{recipe}, BLEU of {len(runs)} seeds by step:")
+        for place, (step, _) in enumerate(runs[0]["bleu"]):
+            found = [one["bleu"][place][1] for one in runs]
+            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+            print(f"{step:>8,}  {statistics.mean(found):.2f}{spread}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def get_config() -> Config:
             "cross_attention": "bahdanau",
             "recurrent_width": 368,
             "positions": "none",
-            "dropout": 0.2,
+            "dropout": 0.3,
         },
         optimizer={"learning_rate": 4e-3},
     )

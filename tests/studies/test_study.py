@@ -78,7 +78,16 @@ def test_mup_reports_how_far_the_best_rate_moved():
 
 def test_recall_reports_shares_and_the_size_of_the_state():
     found = [outcome(f"attention_{pairs}", 0.25, mixer="attention", pairs=pairs, state=pairs * 6) for pairs in (4, 16)]
-    assert "| attention | 1,000 | 24 to 96 | 75.0 | 75.0 |" in recall.report(found)
+    report = recall.report(found)
+    assert "| attention | 1,000 | 24 to 96 | 75.0 | 75.0 |" in report
+    assert f"| – | – | {100 * recall.told_most_often(4):.1f} | {100 * recall.told_most_often(16):.1f} |" in report
+
+
+def test_the_value_told_most_often_is_found_by_counting():
+    # One pair: always right. Of two, whose values differ in 127 of 128 examples, one in two.
+    assert recall.told_most_often(1) == 1.0
+    assert recall.told_most_often(2) == pytest.approx((1 + 1 + 1 / 128) / 3, abs=0.01)
+    assert recall.told_most_often(2, num_values=1) == 1.0
 
 
 def test_state_of_attention_is_keys_and_values_of_every_token():

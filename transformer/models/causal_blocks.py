@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from transformer.models.dot_product import LOWEST, product
+from transformer.models.dot_product import LOWEST
 from transformer.models.masks import Mask
 
 SMALLEST, MOST = 64, 8
 """Queries of a block, and blocks, beyond which those grow: each pair of them is compiled for itself."""
 
 _written = jax.lax.optimization_barrier
+
+
+def product(spec: str, left: Array, right: Array) -> Float[Array, "..."]:
+    """Returns `einsum` in float32, which bfloat16 is widened to first: XLA's CPU backend fails on some mixed products."""
+    return jnp.einsum(spec, left.astype(jnp.float32), right.astype(jnp.float32))
 
 
 def causal_blocks(

@@ -1,5 +1,6 @@
 """The parts of a Transformer, removed one at a time: what each is worth, at equal steps and tokens."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
         losses = last(group, "cross_entropy")
         diverged = sum(outcome.diverged for outcome in group)
         more = f"{sum(losses) / len(losses) - mean:+.3f}" if losses and mean is not None else "–"
-        label = name.replace("_", " ")
+        label = re.sub(r"_\d+_layers$", "", name).replace("_", " ")
         row = [label, f"{group[0].parameters:,}", spread(losses), more, f"{diverged} of {len(group)}"]
         if name in PARTS:
             parts.append(row)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
+
 from transformer.config import RECURRENT, Config, replace
 from transformer.config.model import LinearMixer, Mixer
 from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread, table
@@ -54,6 +56,14 @@ def state_size(config: Config) -> int:
     return sum(math.prod(spec.shape) for spec in leaves)
 
 
+def told_most_often(pairs: int, num_values: int = 128, examples: int = 4096) -> float:
+    """Returns the share that is right of answers that name the value told most often: all that can be known without keys."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, pairs + 1, examples)
+    right = sum(int(np.bincount(rng.integers(0, num_values, count)).max()) for count in counts)
+    return right / int(counts.sum())
+
+
 def report(outcomes: Sequence[Outcome]) -> str:
     """Returns the share of values that each mixer recalls."""
     pairs = sorted({outcome.facts["pairs"] for outcome in outcomes})
@@ -66,6 +76,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
         rows.append(
             [mixer.replace("_", " "), f"{groups[-1][0].parameters:,}", " to ".join(dict.fromkeys(sizes)), *cells]
         )
+    rows.append(["*the value told most often*", "–", "–", *(f"{100 * told_most_often(n):.1f}" for n in pairs)])
     header = ["mixer", "parameters", "state", *(f"up to {n} pairs" for n in pairs)]
     return f"Values recalled, in percent; the state in numbers, of the shortest and of the longest text.\n\n{table(header, rows)}"
 
@@ -84,9 +95,9 @@ def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
             colors[mixer] = line.get_color()
         else:
             axes.plot(pairs, shares, "x", color=colors.get(base), markersize=9, label=mixer.replace("_", " "))
-    # Whoever knows the values of an example but not which belongs to what is right in 2 of N + 1.
     known = sorted({outcome.facts["pairs"] for outcome in outcomes})
-    axes.plot(known, [200 / (pairs + 1) for pairs in known], ":", color="black", label="a guess among those told")
+    shares = [100 * told_most_often(pairs) for pairs in known]
+    axes.plot(known, shares, ":", color="black", label="the value told most often")
     axes.set(xlabel="largest number of pairs", ylabel="values recalled (%)")
     axes.set_xscale("log", base=2)
     axes.set_xticks(known, list(map(str, known)))

@@ -125,6 +125,7 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     write_atomically(record, json.dumps(outcome) + "\n")
     # What the study needs is in the record; the weights of a hundred runs would fill a disk.
     shutil.rmtree(workdir)
+    print(f"recorded in {record}", flush=True)
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
