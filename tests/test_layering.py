@@ -157,8 +157,9 @@ def test_data_is_free_of_jax() -> None:
 
 
 def test_training_can_be_read_in_an_evening() -> None:
-    """What the process that trains imports. What only some recipes ask for is found by name in tables and not counted:
-    mixers, objectives, optimizers, trackers, tokenizer.json, samples. Data is prepared by another process, `transformer.data.prepare`.
+    """What the process that trains imports. What is found by name in tables is not counted: what only some recipes ask for (mixers,
+    objectives, optimizers, trackers, tokenizer.json, samples), and two tables of all kinds of layers, the FLOPs that they cost and
+    what implementations of attention take. Data is prepared by another process, `transformer.data.prepare`.
     """
     sizes = {name: len(modules()[name].read_text().splitlines()) for name in _closure("train")}
     table = "\n".join(f"{lines:6d}  {name}" for name, lines in sorted(sizes.items(), key=lambda item: -item[1]))

@@ -10,11 +10,13 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
+from transformer.benchmarks.program import make_program
 from transformer.config import Config, replace
 from transformer.models.parameters import ParameterSpec, map_specs, parameter_specs, zeros
 from transformer.models.transformer import Transformer
 from transformer.optimizers import make_optimizer
 from transformer.optimizers.muon import is_orthogonalized, orthogonalize
+from transformer.training.state import create_state
 
 SPECS = {
     "wide": ParameterSpec((3, 4, 10), ("layers", "embed", "mlp"), zeros, "matrix"),
@@ -135,3 +137,26 @@ def test_an_update_is_as_large_as_adams():
     moved = steps({name: SPECS[name] for name in MATRICES}, zero, [gradient])
     for name in MATRICES:
         assert np.sqrt(np.mean(np.square(moved[name]))) == pytest.approx(0.1 * 0.2, rel=0.2), name
+
+
+def test_a_step_is_the_same_with_layers_scanned_and_unrolled():
+    shape = {"num_layers": 3, "width": 16, "num_heads": 2}
+    base = replace(
+        Config(),
+        data={"tokenizer": "bytes", "sequence_length": 16},
+        model=shape,
+        optimizer={"name": "muon", "learning_rate": 1e-2, "warmup_steps": 0},
+        train={"batch_size": 8, "num_steps": 2},
+    )
+    found = {}
+    for scan in (True, False):
+        program = make_program(replace(base, model={"scan_layers": scan}))
+        before = jax.device_get(create_state(program.config, program.model, *program._optimizer()).params)
+        program()
+        assert program.state is not None
+        found[scan] = jax.tree.map(lambda after, at: np.asarray(after) - at, program.state.params, before)
+    matrices = 0
+    for scanned, unrolled in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
+        matrices += scanned.ndim == 3 and float(np.abs(scanned).max()) > 1e-4
+    assert matrices >= 4
