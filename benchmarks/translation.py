@@ -113,7 +113,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{datetime.date.today().isoformat()}-{arguments.name}.json"
     seeds = " ".join(map(str, arguments.seeds))
-    command = f"python benchmarks/translation.py {' '.join(arguments.recipes)} --data multi30k --workdir W --seeds {seeds}"
+    command = (
+        f"python benchmarks/translation.py {' '.join(arguments.recipes)} --data multi30k --workdir W --seeds {seeds}"
+    )
     record = {"command": " ".join([command, *options]), "date": datetime.date.today().isoformat(), "runs": result}
     path.write_text(json.dumps(record, indent=1) + "\n")
     draw(result, path.with_suffix(".png"))

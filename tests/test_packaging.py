@@ -153,7 +153,11 @@ def check(command: Command, directory: Path) -> None:
     elif program == "python":
         script = ROOT / arguments[0]
         assert script.is_file(), f"{command}: no such file"
-        for flag in [word for word in arguments if word.startswith("--")]:
+        # Options with a dot are keys of the configuration, which the script hands on to train.py.
+        keys = [word for flag, value in _options(arguments).items() if "." in flag for word in (flag, value)]
+        if keys:
+            parse(TrainOptions, ["--config", arguments[1], "--workdir", "x", *keys], "train.py")
+        for flag in [word for word in arguments if word.startswith("--") and word not in keys]:
             assert f'"{flag}"' in script.read_text(), f"{command}: {script.name} has no {flag}"
     elif program == "transformer":
         from transformer.cli import parse as parse_verb
@@ -190,6 +194,7 @@ def test_documented_command_is_sound(command: Command, tmp_path: Path, monkeypat
         "transformer describe --config configs/stdlib.py --jsom",
         "transformer desribe --config configs/stdlib.py",
         "python benchmarks/nothing.py",
+        "python benchmarks/translation.py multi30k_gru --data x --workdir y --model.dropuot 0.2",
         "curl example",
     ],
 )
