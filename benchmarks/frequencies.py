@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformer.arguments import load_config
 from transformer.data.batches import validation_batches
 from transformer.data.prepared import prepare_apart
-from transformer.data.shards import reader, token_type
+from transformer.data.shards import reader
+from transformer.data.writing import token_type
 from transformer.objectives import with_window
 
 

@@ -14,16 +14,16 @@ from transformer.config import Config, to_json
 PROGRAM = """
 import sys, time
 from transformer.config import from_json
-from transformer.data import prepare, shards
+from transformer.data import prepare, writing
 
 prepare.SHARD_BYTES = 1000
-write = shards.write_records
+write = writing.write_records
 
 def slowly(*arguments):
     time.sleep(0.01)
     return write(*arguments)
 
-shards.write_records = slowly  # in the workers too, which import this file
+writing.write_records = slowly  # in the workers too, which import this file
 if __name__ == "__main__":
     prepare.prepare(from_json(open(sys.argv[1]).read()))
 """

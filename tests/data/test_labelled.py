@@ -15,7 +15,7 @@ from preparing import contents
 from transformer.checkpointing.run import resolve
 from transformer.config import Config, ConfigError, replace
 from transformer.data import prepare as preparing
-from transformer.data import shards
+from transformer.data import writing
 from transformer.data.batches import train_batch, validation_batches
 from transformer.data.prepare import prepare
 from transformer.data.prepared import Prepared
@@ -259,7 +259,7 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
     prepare(config, False)
     whole = contents(tmp_path / "cache")
     other = replace(config, data={"cache_dir": str(tmp_path / "other")})
-    write, left = shards.write_records, [7]
+    write, left = writing.write_records, [7]
 
     def write_some(*arguments: Any) -> None:
         left[0] -= 1
@@ -267,10 +267,10 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         write(*arguments)
 
-    monkeypatch.setattr(shards, "write_records", write_some)
+    monkeypatch.setattr(writing, "write_records", write_some)
     with pytest.raises(KeyboardInterrupt):
         prepare(other, False)
-    monkeypatch.setattr(shards, "write_records", write)
+    monkeypatch.setattr(writing, "write_records", write)
     prepare(other, False)
     assert contents(tmp_path / "other") == whole
     assert sum(name.endswith("array_record") for name in whole) > 8

@@ -70,14 +70,16 @@ class Program:
 
     @property
     def recomputed_flops(self) -> float:
-        """FLOPs of a step that rematerialisation adds to the model's own: all of the forward pass, or its attention."""
+        """FLOPs of a step that rematerialisation adds to the model's own: all of the forward pass, or its attention; and
+        the logits, where they are computed in chunks."""
         config = self.config
         length = config.data.sequence_length
         parts = flops.forward_flops(config.model, length, source_length(config))
         parts.pop("attention_scores")
         layers = {name: count for name, count in parts.items() if name != "logits"}
         again = {"none": (), "full": tuple(layers), "dots": ("attention_scores_causal",)}[config.model.remat]
-        return float(config.train.batch_size * sum(layers[name] for name in again))
+        logits = parts["logits"] if 0 < config.objective.logit_chunk < length else 0
+        return float(config.train.batch_size * (logits + sum(layers[name] for name in again)))
 
     @property
     def memory(self) -> dict[str, int]:

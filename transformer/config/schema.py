@@ -119,6 +119,8 @@ class ObjectiveConfig:
     """Weight of the squared log-partition function (PaLM used 1e-4), which keeps logits from drifting."""
     label_smoothing: float = 0.0
     """Probability that the target distribution spreads evenly over the vocabulary."""
+    logit_chunk: int = 0
+    """Tokens of a text whose logits exist at one time: less memory, a product more for the gradient. 0: all."""
     mask_rate: float = 0.15
     """Share of the tokens that `masked_lm` asks for and `span_corruption` removes."""
     whole_words: bool = False

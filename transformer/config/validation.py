@@ -29,7 +29,7 @@ _NOT_NEGATIVE = (
     "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
     "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps model.balance_bias_rate "
     "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate "
-    "model.num_shared_experts model.balance_loss model.router_z_loss"
+    "model.num_shared_experts model.balance_loss model.router_z_loss objective.logit_chunk"
 ).split()
 _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from transformer.config import Config, ConfigError, data_kind, source_length
-from transformer.data import shards
+from transformer.data import writing
 from transformer.data.division import Division, Portion
 from transformer.data.forms import Form, Label, form_of
 from transformer.data.rows import RowShard
@@ -107,13 +107,13 @@ def write_rows(
         num_too_long=len(too_long),
         first_too_long=min(too_long, default=None),
     )
-    shards.write_records(path, records, dataclasses.asdict(shard))
+    writing.write_records(path, records, dataclasses.asdict(shard))
     return shard
 
 
 def token_type(tokenizer: Tokenizer, labels: Labels) -> str:
     """Returns the NumPy type in which ids and labels, plus 1, are stored."""
-    return shards.token_type(max(tokenizer.vocab_size, labels.count + 1))
+    return writing.token_type(max(tokenizer.vocab_size, labels.count + 1))
 
 
 def left_out(config: Config, directory: Path) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from transformer.config import Config, ConfigError, from_json, window_length, write_atomically
-from transformer.data import division, files, new_tokenizer, packing, shards, sources, tokenizers
+from transformer.data import division, files, new_tokenizer, packing, shards, sources, tokenizers, writing
 from transformer.data.division import FORMAT, Division, Portion
 from transformer.data.forms import Form, form_of
 from transformer.data.packing import Labels
@@ -180,7 +180,7 @@ def _write_shards(
     written = workers.map(write, tasks, f"tokenising {corpus.name}")
     index: dict[str, object] = {"name": corpus.name}
     if kind == "text":
-        index |= {"sequence_length": window_length(config), "token_type": shards.token_type(tokenizer.vocab_size)}
+        index |= {"sequence_length": window_length(config), "token_type": writing.token_type(tokenizer.vocab_size)}
     else:
         index |= {"kind": kind, "token_type": packing.token_type(tokenizer, labels)}
         index |= {"num_labels": labels.count, "labels": labels.names, "num_empty": _num_empty(corpus, parts)}
@@ -222,4 +222,4 @@ def _write_shard(
     for text in division.read(config, portion, numbers):
         ids.append(np.concatenate([begin, tokenizer.encode(text), end[: portion.part != "head"]]))
         num_bytes += len(text.encode())
-    return shards.write_shard(path, ids, num_bytes, tokenizer.vocab_size, window_length(config))
+    return writing.write_shard(path, ids, num_bytes, tokenizer.vocab_size, window_length(config))

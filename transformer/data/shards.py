@@ -1,11 +1,8 @@
 """Shards of tokens on disk, ArrayRecord files, and the windows that are read from them."""
 
-import dataclasses
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,40 +96,6 @@ class Split:
 def pseudo_random(below: int, *parts: object) -> int:
     """Returns a number in [0, below) that looks random but is a function of `parts`."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") % below
-
-
-def token_type(vocab_size: int) -> str:
-    """Returns the NumPy type in which ids are stored."""
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def write_shard(path: Path, documents: Sequence[np.ndarray], num_bytes: int, vocab_size: int, length: int) -> Shard:
-    """Writes the ids of documents, in records of `length`, whole or not at all: temporary name, fsync, rename."""
-    sizes = np.array([len(document) for document in documents], np.int64)
-    tokens = np.concatenate([np.zeros(0, np.int32), *documents]).astype(token_type(vocab_size))
-    starts = np.cumsum(sizes) - sizes
-    shard = Shard(path.name, len(documents), len(tokens), num_bytes)
-
-    def records() -> Iterator[bytes]:
-        for begin in range(0, len(tokens), length):
-            here = starts[slice(*np.searchsorted(starts, (begin, begin + length)))] - begin
-            yield np.array([len(here), *here], np.uint32).tobytes() + tokens[begin : begin + length].tobytes()
-
-    write_records(path, records(), dataclasses.asdict(shard))
-    return shard
-
-
-def write_records(path: Path, records: Iterable[bytes], description: dict[str, Any]) -> None:
-    """Writes records and what `read_description` returns, whole or not at all: temporary name, fsync, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
-    for record in records:
-        writer.write(record)
-    writer.write(json.dumps(description).encode())
-    writer.close()
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The loss of most objectives: cross-entropy of targets, token by token."""
 
+import importlib
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +20,38 @@ def token_terms(config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, A
     smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7) is a term of its own: what the even part of the target
     distribution adds to the cross-entropy, which stays that of the targets alone.
     """
-    weights = batch["weights"]
-    logits = outputs.logits(outputs.hidden)
-    cross_entropy, normalizer = softmax_cross_entropy(logits, batch["targets"])
-    total = jnp.sum(weights)
-    losses = {"cross_entropy": (jnp.sum(cross_entropy * weights), total)}
+    total = jnp.sum(batch["weights"])
+    sums = target_sums(config, outputs, outputs.hidden, batch["targets"], batch["weights"])
+    terms = {name: (value, total) for name, value in sums.items()}
+    measures = {"accuracy": terms.pop("accuracy")}
+    return Terms(terms, measures, outputs.statistics, outputs.auxiliary)
+
+
+def target_sums(
+    config: ObjectiveConfig, outputs: Outputs, hidden: Float[Array, "B T D"], *targets_and_weights: Array
+) -> dict[str, Float[Array, ""]]:
+    """Returns the sum over targets, each with its weight, of each loss and of those that are most probable."""
+    sums = partial(_sums, config, outputs)
+    if config.logit_chunk:
+        sums = importlib.import_module("transformer.objectives.chunks").in_chunks(sums, config.logit_chunk)
+    return sums(hidden, *targets_and_weights)
+
+
+def _sums(
+    config: ObjectiveConfig, outputs: Outputs, hidden: Array, targets: Int[Array, "B T"], weights: Float[Array, "B T"]
+) -> dict[str, Float[Array, ""]]:
+    logits = outputs.logits(hidden)
+    cross_entropy, normalizer = softmax_cross_entropy(logits, targets)
+    losses = {"cross_entropy": cross_entropy}
     if config.z_loss:
-        losses["z_loss"] = (config.z_loss * jnp.sum(jnp.square(normalizer) * weights), total)
+        losses["z_loss"] = config.z_loss * jnp.square(normalizer)
     if config.label_smoothing:
         # Columns beyond the vocabulary have no share of the even part.
         is_token = logits > MASKED_LOGIT
         even = normalizer - jnp.sum(jnp.where(is_token, logits, 0), axis=-1) / jnp.sum(is_token, axis=-1)
-        excess = config.label_smoothing * (even - cross_entropy)
-        losses["label_smoothing"] = (jnp.sum(excess * weights), total)
-    correct = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-    measures = {"accuracy": (jnp.sum(correct * weights), total)}
-    return Terms(losses, measures, outputs.statistics, outputs.auxiliary)
+        losses["label_smoothing"] = config.label_smoothing * (even - cross_entropy)
+    losses["accuracy"] = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return {name: jnp.sum(value * weights) for name, value in losses.items()}
 
 
 def softmax_cross_entropy(

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from transformer.config import ObjectiveConfig
 from transformer.models.transformer import Outputs
-from transformer.objectives.cross_entropy import softmax_cross_entropy, token_terms
+from transformer.objectives.cross_entropy import target_sums, token_terms
 from transformer.objectives.objective import Objective
 from transformer.objectives.terms import Terms
 
@@ -33,13 +33,10 @@ class MultiToken(Objective):
             # Of the row's last tokens nothing further is known.
             is_inside = jnp.arange(weights.shape[1]) < weights.shape[1] - number
             weights = weights * jnp.roll(batch["weights"], -number, axis=1) * is_inside
-            logits = outputs.logits(hidden)
-            targets = jnp.roll(batch["targets"], -number, axis=1)
-            cross_entropy, _ = softmax_cross_entropy(logits, targets)
+            sums = target_sums(config, outputs, hidden, jnp.roll(batch["targets"], -number, axis=1), weights)
             total = jnp.sum(weights)
             share = config.future_weight / len(states)
-            losses[f"future_{number}"] = (share * jnp.sum(cross_entropy * weights), total)
-            correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-            measures[f"future_{number}_accuracy"] = (jnp.sum(correct * weights), total)
+            losses[f"future_{number}"] = (share * sums["cross_entropy"], total)
+            measures[f"future_{number}_accuracy"] = (sums["accuracy"], total)
         statistics, auxiliary = found.statistics | own.get("statistics", {}), found.auxiliary | own.get("losses", {})
         return Terms(losses, measures, statistics, auxiliary)
