@@ -95,13 +95,14 @@ def test_the_benchmark_writes_a_report(
     base, _, _ = load_config("parallelism")
     base = replace(base, model={"width": 16, "num_heads": 2, "num_layers": 1, "vocab_size": 260})
     options = Options(
-        lengths=(8, 16), mixers=("attention", "lstm"), tokens=128, rounds=1, output=str(tmp_path / "out"), config=base
+        lengths=(16,), mixers=("attention", "lstm"), tokens=128, rounds=1, output=str(tmp_path / "out"), config=base
     )
     assert run(options) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    chains = {(cell["mixer"], cell["length"]): cell["chain"] for cell in result["facts"]["cells"]}
-    assert chains["attention", 8] == chains["attention", 16] and chains["lstm", 16] >= chains["lstm", 8] + 16
-    assert len(result["measurements"]) == 4
+    chains = {cell["mixer"]: cell["chain"] for cell in result["facts"]["cells"]}
+    # Forward and back through every token; attention has as many products in a row for any length (`test_products`).
+    assert chains["lstm"] >= 2 * 16 and chains["attention"] < 40
+    assert len(result["measurements"]) == 2
     assert (tmp_path / "out" / "report.md").read_text() in capsys.readouterr().out
     assert (tmp_path / "out" / "plot.png").stat().st_size > 10_000
 
