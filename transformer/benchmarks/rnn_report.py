@@ -19,8 +19,6 @@ SPLIT_LENGTH = 1024
 LANE = 6e9
 """FLOP/s of a lane: a multiplication and an addition in each cycle of 3 GHz."""
 LANES = (10, 1_000, 100_000)
-PREDICTED = tuple(2**power for power in range(6, 21))
-"""Lengths that the model of time is asked about."""
 PAIR = ("lstm", "attention")
 """What it compares."""
 
@@ -93,7 +91,9 @@ def predicted(cells: Sequence[Cell], found: Fit, ceiling: float, lanes: int) -> 
     def seconds(mixer: str, length: int) -> float:
         return found.seconds(mixer, *_at(cells, mixer, length), lanes_more=more)
 
-    return {length: seconds(PAIR[0], length) / seconds(PAIR[1], length) for length in PREDICTED}
+    longest = max(c.length for c in cells)
+    lengths = [2**power for power in range(6, 40) if 2**power <= longest]
+    return {length: seconds(PAIR[0], length) / seconds(PAIR[1], length) for length in lengths}
 
 
 def _at(cells: Sequence[Cell], mixer: str, length: int) -> tuple[int, int]:
@@ -155,17 +155,18 @@ def report(cells: Sequence[Cell], ceiling: float, at_once: Mapping[str, float], 
 
 def _crossing(cells: Sequence[Cell], found: Fit, ceiling: float) -> str:
     """Says at which lengths attention is the faster, by the number of lanes."""
+    found_by = {lanes: predicted(cells, found, ceiling, lanes) for lanes in LANES}
+    lengths = list(found_by[LANES[0]])
     lines = [
         f"A lane does {LANE / 1e9:.0f} GFLOP/s, so that this machine has {ceiling / LANE:.1f}; the latency is the same everywhere. "
         "By the model, an LSTM takes so many times as long as attention:\n",
-        f"| lanes | {' | '.join(f'{length:,}' for length in PREDICTED[::2])} | attention is faster |",
-        f"| ---: | {' | '.join('---:' for _ in PREDICTED[::2])} | --- |",
+        f"| lanes | {' | '.join(f'{length:,}' for length in lengths)} | attention is faster |",
+        f"| ---: | {' | '.join('---:' for _ in lengths)} | --- |",
     ]
-    for lanes in LANES:
-        ratios = predicted(cells, found, ceiling, lanes)
+    for lanes, ratios in found_by.items():
         faster = [length for length, ratio in ratios.items() if ratio > 1]
         where = f"from {faster[0]:,} to {faster[-1]:,} tokens" if faster else "at none of these lengths"
-        shown = " | ".join(f"{ratios[length]:.3g}" for length in PREDICTED[::2])
+        shown = " | ".join(f"{ratio:.3g}" for ratio in ratios.values())
         lines.append(f"| {lanes:,} | {shown} | {where} |")
     return "\n".join(lines)
 
