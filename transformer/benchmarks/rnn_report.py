@@ -91,8 +91,8 @@ def predicted(cells: Sequence[Cell], found: Fit, ceiling: float, lanes: int) -> 
     def seconds(mixer: str, length: int) -> float:
         return found.seconds(mixer, *_at(cells, mixer, length), lanes_more=more)
 
-    longest = max(c.length for c in cells)
-    lengths = [2**power for power in range(6, 40) if 2**power <= longest]
+    shortest, longest = min(c.length for c in cells), max(c.length for c in cells)
+    lengths = [2**power for power in range(40) if shortest <= 2**power <= longest] or [longest]
     return {length: seconds(PAIR[0], length) / seconds(PAIR[1], length) for length in lengths}
 
 
