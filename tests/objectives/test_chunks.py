@@ -40,9 +40,9 @@ def loss_of(objective: Any, size: int, **model: Any) -> Any:
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
-def close(found: Any, expected: Any, **tolerance: float) -> None:
+def close(found: Any, expected: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, **({"rtol": 0} | tolerance))
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 20, 21, 64])
