@@ -17,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformer.arguments import load_config
 from transformer.data.batches import validation_batches
 from transformer.data.prepared import prepare_apart
-from transformer.data.shards import reader
-from transformer.data.writing import token_type
 from transformer.objectives import with_window
 
 
@@ -29,12 +27,9 @@ def main() -> None:
     prepared = prepare_apart(config)
     size = prepared.tokenizer.vocab_size
     counts = np.ones(size, np.int64)
-    for shard in sorted(prepared.sources[0].train.directory.glob("train-*.array_record")):
-        # The last record describes the shard; the others begin with where documents start in them.
-        for record in reader(str(shard)).read_all()[:-1]:
-            starts = int(np.frombuffer(record, np.uint32, 1)[0])
-            tokens = np.frombuffer(record, token_type(size), offset=4 * (1 + starts))
-            counts += np.bincount(tokens, minlength=size)
+    for split in (source.train for source in prepared.sources):
+        for number in range(split.num_windows):
+            counts += np.bincount(split.window(number)["targets"], minlength=size)
     logs = -np.log(counts / counts.sum())
     total, weight = 0.0, 0.0
     for batch in validation_batches(config, prepared, range(config.train.batch_size)):

@@ -11,12 +11,16 @@ other options or data. Needs the extras `translation` and `plots`; the result go
 import argparse
 import datetime
 import json
-import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transformer.benchmarks.measure import own_process
+from transformer.benchmarks.report import save_plot
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_STEPS = 1000
@@ -40,8 +44,10 @@ def run(recipe: str, seed: int, data: Path, directory: Path, options: list[str])
         command += [word for name, path in texts.items() for word in (f"--data.{name}", str(path))]
         command += ["--checkpoint.every-steps", str(EVERY_STEPS), "--checkpoint.keep-every-steps", str(EVERY_STEPS)]
         subprocess.run([sys.executable, *command, *options], check=True, stdout=sys.stderr)
+        # In a process of its own: this one must not hold the device while the next run trains.
         show = "import json; from transformer.benchmarks.measure import machine; print(json.dumps(machine()))"
-        found = subprocess.run([sys.executable, "-c", show], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command, environment = own_process(show)
+        found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         where.write_text(found.stdout)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     curve = [(r["step"], r["cross_entropy"]) for r in records if r["split"] == "validation"]
@@ -50,12 +56,11 @@ def run(recipe: str, seed: int, data: Path, directory: Path, options: list[str])
     translations.mkdir(exist_ok=True)
     for step in steps:
         if not (output := translations / f"{step}.en").exists():
-            program = "from transformer.cli import main; main()"
             command = ["generate", "--workdir", str(directory), "--step", str(step), "--beams", "5"]
             command += ["--max-tokens", "80", "--batch-size", "128"]
             command += ["--prompt-file", str(data / "test_2016.de"), "--output", str(output)]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            subprocess.run([sys.executable, "-c", program, *command], check=True, env=environment, stdout=sys.stderr)
+            command, environment = own_process("from transformer.cli import main; main()", command)
+            subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
     reference = (data / "test_2016.en").read_text().splitlines()
     config = json.loads((directory / "config.json").read_text())
     return {
@@ -75,12 +80,8 @@ def bleu(texts: list[str], reference: list[str]) -> float:
     return round(BLEU(lowercase=True, force=True).corpus_score(texts, [reference]).score, 2)
 
 
-def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw(result: dict[str, list[dict[str, Any]]], figure: Any) -> None:
     """Draws validation loss and BLEU over the steps, a line a run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), dpi=130, layout="constrained")
     panels = figure.subplots(1, 2)
     for number, (recipe, runs) in enumerate(result.items()):
         for at, one in enumerate(runs):
@@ -89,7 +90,6 @@ def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
     panels[0].set(xlabel="optimizer step", ylabel="validation loss (nats a token)", yscale="log")
     panels[1].set(xlabel="optimizer step", ylabel="BLEU of test_2016")
     panels[1].legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(str(path))
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     )
     record = {"command": " ".join([command, *options]), "date": datetime.date.today().isoformat(), "runs": result}
     path.write_text(json.dumps(record, indent=1) + "\n")
-    draw(result, path.with_suffix(".png"))
+    save_plot(lambda figure: draw(result, figure), path.with_suffix(".png"))
     for recipe, runs in result.items():
         print(f"{recipe}, BLEU of {len(runs)} seeds by step:")
         for place, (step, _) in enumerate(runs[0]["bleu"]):

@@ -11,9 +11,10 @@ import time
 import pytest
 
 from transformer.arguments import load_config
+from transformer.benchmarks.report import table
 from transformer.config import ConfigError, problems_of, replace, to_json
 from transformer.studies import STUDIES, ablation, mup, recall
-from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread, table
+from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread
 from transformer.training import DIVERGED
 
 

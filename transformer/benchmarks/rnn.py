@@ -4,8 +4,8 @@ At equal parameters and tokens a step a longer text costs attention more work, a
 form a chain as long as the text. What that makes of the time depends on how much the hardware does at once.
 """
 
+import dataclasses
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import Measurement, Result, machine, own_process, timed
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process, timed
+from transformer.benchmarks.report import save_plot
 from transformer.benchmarks.rnn_report import DEVICES, SPLIT_LENGTH, Cell, draw, report
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.config.model import Mixer
@@ -41,6 +42,8 @@ class Options:
     """Steps that are timed."""
     output: str = ""
     """Directory for result.json, report.md and plot.png; empty: the report is printed."""
+    json_file: JsonFile = ""
+    """File to write the result to."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -62,12 +65,14 @@ def run(options: Options) -> int:
     result = Result("rnn", subject, machine(), seconds, facts)
     text = report(cells, facts["ceiling"], facts["split"], result.machine)
     print(text)
+    if options.json_file:
+        result.write(options.json_file)
     if options.output:
         directory = Path(options.output).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         result.write(str(directory / "result.json"))
         write_atomically(directory / "report.md", text)
-        draw(cells, facts["ceiling"], directory / "plot.png")
+        save_plot(lambda figure: draw(cells, facts["ceiling"], figure), directory / "plot.png")
     return 0
 
 
@@ -104,7 +109,7 @@ def measure(options: Options, length: int) -> list[Cell]:
         if peak <= options.memory * 2**30:
             programs[mixer] = program
     seconds = timed(programs, options.rounds) if programs else {}
-    return [Cell(**{**asdict(cell), "seconds": tuple(seconds.get(mixer, ()))}) for mixer, cell in found.items()]
+    return [dataclasses.replace(cell, seconds=tuple(seconds.get(mixer, ()))) for mixer, cell in found.items()]
 
 
 def with_mixer(config: Config, mixer: str, length: int, rows: int) -> Config:
@@ -132,10 +137,9 @@ def with_mixer(config: Config, mixer: str, length: int, rows: int) -> Config:
 
 def split(options: Options) -> dict[str, float]:
     """Returns how many of eight simulated devices work on products at once when each has an eighth of one text."""
-    settings = {"config": to_json(options.config), "mixers": options.mixers}
+    config = replace(options.config, parallel={"cpu_devices": DEVICES})
+    settings = {"config": to_json(config), "mixers": options.mixers}
     command, environment = own_process("from transformer.benchmarks.rnn import child; child()")
-    environment |= {"JAX_PLATFORMS": "cpu", "NPROC": str(2 * DEVICES)}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     done = subprocess.run(command, env=environment, input=json.dumps(settings), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
@@ -146,8 +150,12 @@ def split(options: Options) -> dict[str, float]:
 
 def child() -> None:
     """The process with several devices: reads what to compile, and writes what each mixer's devices do."""
+    from transformer.parallel import startup
+
     settings = json.load(sys.stdin)
-    print(json.dumps({mixer: devices_at_once(from_json(settings["config"]), mixer) for mixer in settings["mixers"]}))
+    config = from_json(settings["config"])
+    startup.start(config)
+    print(json.dumps({mixer: devices_at_once(config, mixer) for mixer in settings["mixers"]}))
 
 
 def devices_at_once(config: Config, mixer: str) -> float:

@@ -7,10 +7,11 @@ each other at the latency of one, whichever is longer: time = max(work / through
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from transformer.benchmarks.report import table
 
 DEVICES = 8
 """Simulated, among which one text is split."""
@@ -113,11 +114,9 @@ def report(cells: Sequence[Cell], ceiling: float, at_once: Mapping[str, float], 
     by_place = {(c.mixer, c.length): c for c in cells}
     lengths = sorted({c.length for c in cells})
 
-    def table(show: Any) -> str:
-        header = ["mixer", *(f"{length:,} tokens" for length in lengths)]
+    def by_length(show: Any) -> str:
         rows = [[m.replace("_", " "), *(show(by_place[m, length]) for length in lengths)] for m in mixers]
-        lines = [header, ["---", *["---:"] * len(lengths)], *rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return table(["mixer", *(f"{length:,} tokens" for length in lengths)], rows)
 
     def speed(cell: Cell) -> str:
         return f"{1 / statistics.median(cell.seconds):.3g}" if cell.seconds else "not run"
@@ -130,22 +129,23 @@ def report(cells: Sequence[Cell], ceiling: float, at_once: Mapping[str, float], 
     parts = [
         f"{machine['num_devices']} x {machine['device_kind']} ({machine['processor']}), JAX {versions.get('jax')}; "
         f"{parameters[0]:,} to {parameters[-1]:,} parameters. The ceiling of products here is {ceiling / 1e9:,.1f} GFLOP/s.",
-        f"Steps a second, all of as many tokens:\n\n{table(speed)}",
-        f"MiB that the compiled step needs:\n\n{table(lambda c: f'{c.bytes / 2**20:,.0f}')}",
-        f"Products of the step that wait for each other (its longest chain):\n\n{table(lambda c: f'{c.chain:,}')}",
+        f"Steps a second, all of as many tokens:\n\n{by_length(speed)}",
+        f"MiB that the compiled step needs:\n\n{by_length(lambda c: f'{c.bytes / 2**20:,.0f}')}",
+        f"Products of the step that wait for each other (its longest chain):\n\n{by_length(lambda c: f'{c.chain:,}')}",
         "FLOPs for each byte that products read and write:\n\n"
-        + table(lambda c: f"{c.flops / max(1, c.product_bytes):.3g}"),
-        f"FLOP/s of products, of the ceiling:\n\n{table(share)}",
+        + by_length(lambda c: f"{c.flops / max(1, c.product_bytes):.3g}"),
+        f"FLOP/s of products, of the ceiling:\n\n{by_length(share)}",
         f"Of {DEVICES} devices among which a text of {SPLIT_LENGTH:,} tokens is split, so many work on products at once:\n\n"
-        + "| mixer | devices |\n| --- | ---: |\n"
-        + "".join(f"| {m.replace('_', ' ')} | {count:.1f} |\n" for m, count in at_once.items()),
+        + table(["mixer", "devices"], [[m.replace("_", " "), f"{count:.1f}"] for m, count in at_once.items()]),
     ]
     if (found := fit(cells)) is not None:
         errors = sorted(map(abs, found.errors))
         parts.append(
             f"Fitted: time = max(work / throughput, chain x latency), with a latency of {found.latency * 1e6:.3g} us and\n\n"
-            + "| mixer | throughput, of the ceiling |\n| --- | ---: |\n"
-            + "".join(f"| {m.replace('_', ' ')} | {t / ceiling:.0%} |\n" for m, t in found.throughput.items())
+            + table(
+                ["mixer", "throughput, of the ceiling"],
+                [[m.replace("_", " "), f"{t / ceiling:.0%}"] for m, t in found.throughput.items()],
+            )
             + f"\nIts predictions are off by {statistics.median(errors):.0%} in the median, {errors[-1]:.0%} at most."
         )
         if all(mixer in found.throughput for mixer in PAIR):
@@ -157,26 +157,20 @@ def _crossing(cells: Sequence[Cell], found: Fit, ceiling: float) -> str:
     """Says at which lengths attention is the faster, by the number of lanes."""
     found_by = {lanes: predicted(cells, found, ceiling, lanes) for lanes in LANES}
     lengths = list(found_by[LANES[0]])
-    lines = [
-        f"A lane does {LANE / 1e9:.0f} GFLOP/s, so that this machine has {ceiling / LANE:.1f}; the latency is the same everywhere. "
-        "By the model, an LSTM takes so many times as long as attention:\n",
-        f"| lanes | {' | '.join(f'{length:,}' for length in lengths)} | attention is faster |",
-        f"| ---: | {' | '.join('---:' for _ in lengths)} | --- |",
-    ]
+    rows = []
     for lanes, ratios in found_by.items():
         faster = [length for length, ratio in ratios.items() if ratio > 1]
         where = f"from {faster[0]:,} to {faster[-1]:,} tokens" if faster else "at none of these lengths"
-        shown = " | ".join(f"{ratio:.3g}" for ratio in ratios.values())
-        lines.append(f"| {lanes:,} | {shown} | {where} |")
-    return "\n".join(lines)
+        rows.append([f"{lanes:,}", *(f"{ratio:.3g}" for ratio in ratios.values()), where])
+    return (
+        f"A lane does {LANE / 1e9:.0f} GFLOP/s, so that this machine has {ceiling / LANE:.1f}; the latency is the same everywhere. "
+        "By the model, an LSTM takes so many times as long as attention:\n\n"
+        + table(["lanes", *(f"{length:,}" for length in lengths), "attention is faster"], rows)
+    )
 
 
-def draw(cells: Sequence[Cell], ceiling: float, path: Path) -> None:
+def draw(cells: Sequence[Cell], ceiling: float, figure: Any) -> None:
     """Draws steps a second over the length, measured and fitted, and what the model predicts on other hardware."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     found = fit(cells)
     for number, mixer in enumerate(dict.fromkeys(c.mixer for c in cells)):
@@ -199,4 +193,3 @@ def draw(cells: Sequence[Cell], ceiling: float, path: Path) -> None:
         right.set(xlabel="tokens of a text", ylabel="time of an LSTM over that of attention", yscale="log")
         right.set_xscale("log", base=2)
         right.legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure).print_png(str(path))

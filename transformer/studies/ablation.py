@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformer.benchmarks.report import table
 from transformer.config import Config, replace
-from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread, table
+from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from transformer.benchmarks.report import table
 from transformer.config import Config, replace
-from transformer.studies.study import Outcome, Study, Trial, by_trial, table
+from transformer.studies.study import Outcome, Study, Trial, by_trial
 
 WIDTHS = (64, 128, 256, 512)
 HEAD_WIDTH = 64

@@ -10,9 +10,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from transformer.benchmarks.report import table
 from transformer.config import RECURRENT, Config, replace
 from transformer.config.model import LinearMixer, Mixer
-from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread, table
+from transformer.studies.study import Outcome, Study, Trial, by_trial, last, spread
 
 PAIRS = (4, 16, 64)
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer.benchmarks.measure import machine, own_process
+from transformer.benchmarks.report import save_plot
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.studies import STUDIES
 from transformer.training import DIVERGED
@@ -85,7 +85,7 @@ def run_study(name: str, base: Config, seeds: Sequence[int], only: Sequence[str]
         report += f"\nTrained on: {where}.\n"
     write_atomically(directory / "report.md", report)
     print(report)
-    _draw(study, outcomes, directory / "plot.png")
+    save_plot(lambda figure: study.draw(outcomes, figure), directory / "plot.png")
 
 
 def _train(trial: Trial, seed: int, directory: Path) -> None:
@@ -183,18 +183,6 @@ def _machines(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _draw(study: Study, outcomes: Sequence[Outcome], path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install -e '.[plots]')", file=sys.stderr)
-        return
-    figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
-    study.draw(outcomes, figure)
-    FigureCanvasAgg(figure).print_png(str(path))
-
-
 def by_trial(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     """Returns the outcomes of each trial, in the order of the trials."""
     groups: dict[str, list[Outcome]] = {}
@@ -216,9 +204,3 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
         return "not finite"
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Returns a table in Markdown, the first column to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
