@@ -88,14 +88,14 @@ def machine() -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
-        "processor": _processor(),
+        "processor": processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: found for package in PACKAGES if (found := _version(package))},
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """Returns the name of the processor, empty where the system does not tell it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
