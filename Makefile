@@ -10,7 +10,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 WORKERS ?= 2
-EXTRAS := hf,plots,tracking,translation,test,dev
+EXTRAS := hf,plots,quantization,tracking,translation,test,dev
 # The JAX line of each Python version: JAX ended its support of Python 3.11 with 0.10.
 PINS_3.11 := constraints/jax-0.10.txt
 PINS_3.12 := constraints/jax-0.12.txt

@@ -2,11 +2,12 @@
 
     python benchmarks/peers.py S --peer nanogpt=../nanoGPT,PYTHON --peer nanodo=../nanodo,PYTHON --peer lm1b=../flax,PYTHON
     python benchmarks/peers.py M --peer nanogpt=../nanoGPT,PYTHON
+    python benchmarks/peers.py 1B --peer nanogpt=../nanoGPT,PYTHON    # on a GPU, as `shakespeare_char`
 
 A peer is its name, its checkout and a Python that has its requirements. Every system steps in a process of its own, when this
 one tells it to, in turn, so that a change in the machine's load strikes all alike. Ours is what `transformer benchmark step`
-runs with the options that are printed. All train a decoder of the same shape in float32 on the CPU with AdamW, on ids that are
-drawn evenly. Medians, quartiles and the ratio of each round go to benchmarks/results/, and with them what kinds of operations
+runs with the options that are printed. All train a decoder of the same shape with AdamW, on ids that are drawn evenly, in
+float32 on the CPU, or in bfloat16 on a GPU, where nanoGPT is compiled and uses its fused AdamW and flash attention. Medians, quartiles and the ratio of each round go to benchmarks/results/, and with them what kinds of operations
 the time of a step goes to, from a trace of a few steps after the measurement, summed over threads.
 
 - `nanogpt` (github.com/karpathy/nanoGPT): its GPT and optimizer in PyTorch, eager, as its train.py steps.
@@ -45,6 +46,9 @@ KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000",
 
 TRACED_STEPS, SLOWEST = 3, 12
 
+FACTS: dict[str, Any] = {}
+"""What our own step knows of itself."""
+
 Step = Callable[[Any], float]
 """From a batch of token ids to the loss, once the new state is there."""
 
@@ -59,6 +63,8 @@ class Shape:
     vocabulary: int
     options: str
     """What gives our step this shape."""
+    dropout: float = 0.0
+    gpu: bool = False
 
 
 SHAPES = {
@@ -71,6 +77,18 @@ SHAPES = {
         12, 768, 12, 1024, 1, 50_304,
         "--config gpt2_124m --model.vocab-size 50304 --model.no-biases --model.compute-dtype float32"
         " --train.batch-size 1 --train.num-microbatches 1",
+    ),
+    "1B": Shape(
+        18, 2048, 16, 2048, 4, 50_304,
+        "--config gpt2_124m --model.num-layers 18 --model.width 2048 --model.num-heads 16 --model.vocab-size 50304"
+        " --model.no-biases --data.sequence-length 2048 --train.batch-size 4 --train.num-microbatches 1",
+        gpu=True,
+    ),
+    "shakespeare_char": Shape(
+        6, 384, 6, 256, 64, 65,
+        "--config shakespeare_char --model.vocab-size 65 --model.positions learned --model.compute-dtype bfloat16",
+        dropout=0.2,
+        gpu=True,
     ),
 }  # fmt: skip
 
@@ -99,6 +117,8 @@ def our_step(shape: Shape, checkout: str) -> Step:
         jax.block_until_ready((program.state, metrics))
         return float(metrics["loss"])
 
+    facts = {f"flops, attention {name}": program.flops(name == "causal half") for name in ("in full", "causal half")}
+    FACTS.update(facts | {"peak": program.peak_flops, "device": program.mesh.devices.flat[0].device_kind})
     return step
 
 
@@ -107,15 +127,19 @@ def nanogpt_step(shape: Shape, checkout: str) -> Step:
     model = importlib.import_module("model")
     torch = importlib.import_module("torch")
     torch.manual_seed(1337)
-    config = model.GPTConfig(
-        shape.context, shape.vocabulary, shape.layers, shape.heads, shape.width, dropout=0.0, bias=False
-    )
-    gpt = model.GPT(config)
-    optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    sizes = (shape.context, shape.vocabulary, shape.layers, shape.heads, shape.width)
+    device = "cuda" if shape.gpu else "cpu"
+    gpt = model.GPT(model.GPTConfig(*sizes, dropout=shape.dropout, bias=False)).to(device)
+    optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    # As its train.py does.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    half = torch.autocast(device, torch.bfloat16, enabled=shape.gpu)
+    gpt = torch.compile(gpt) if shape.gpu else gpt
 
     def step(ids: Any) -> float:
-        inputs = torch.from_numpy(ids).long()
-        _, loss = gpt(inputs, torch.roll(inputs, -1, 1))
+        inputs = torch.from_numpy(ids).to(device).long()
+        with half:
+            _, loss = gpt(inputs, torch.roll(inputs, -1, 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
@@ -256,7 +280,8 @@ def work(system: str, shape: Shape, checkout: str) -> None:
     # Ids from 1: nanodo and lm1b take 0 for padding.
     random = np.random.default_rng(0)
     hello = {name: _version(name) for name in PACKAGES if name.partition(".")[0] in sys.modules}
-    print(json.dumps(hello | {"python": platform.python_version()}), file=answers, flush=True)
+    hello |= {"python": platform.python_version()}
+    print(json.dumps({"versions": hello, "facts": FACTS}), file=answers, flush=True)
 
     def draw() -> Any:
         return random.integers(1, shape.vocabulary, (shape.batch, shape.context), dtype=np.int32)
@@ -290,6 +315,7 @@ class Arm:
     process: subprocess.Popen[str]
     revision: str
     versions: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[list[float]] = field(default_factory=list)
     """For each round, what each step took."""
     operations: dict[str, float] = field(default_factory=dict)
@@ -297,18 +323,21 @@ class Arm:
 
     @classmethod
     def start(cls, system: str, shape: str, checkout: str, python: str, environment: dict[str, str]) -> "Arm":
+        # Several processes share a GPU: XLA may not take most of its memory at the start.
+        place = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"} if SHAPES[shape].gpu else {"JAX_PLATFORMS": "cpu"}
         process = subprocess.Popen(
             [python, __file__, shape, "--worker", system, "--checkout", checkout],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **place, **environment},
         )
         done = subprocess.run(
             ["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
         )
         arm = cls(system + (", kept memory" if environment else ""), process, done.stdout.strip())
-        arm.versions = arm.answer()
+        hello = arm.answer()
+        arm.versions, arm.facts = hello["versions"], hello["facts"]
         return arm
 
     def answer(self) -> dict[str, Any]:
@@ -355,6 +384,10 @@ def report(arms: list[Arm], name: str, machine: dict[str, Any], command: str) ->
     shape = SHAPES[name]
     ours = [statistics.median(block) for block in arms[0].seconds]
     systems, rows = [], []
+    costs = {name: cost for name, cost in arms[0].facts.items() if name.startswith("flops")}
+    peak = arms[0].facts["peak"]
+    header = ["system", "seconds a step", "our step / its step, by round"]
+    header += [name.replace("flops", "MFU") for name in costs] if peak else []
     for arm in arms:
         ratios = [a / statistics.median(block) for a, block in zip(ours, arm.seconds, strict=True)]
         systems.append(
@@ -367,29 +400,31 @@ def report(arms: list[Arm], name: str, machine: dict[str, Any], command: str) ->
                 "milliseconds_by_operation": arm.operations,
             }
         )
-        rows.append((arm.name, spread([second for block in arm.seconds for second in block]), spread(ratios)))
+        seconds = [second for block in arm.seconds for second in block]
+        rows.append([arm.name, spread(seconds), spread(ratios)])
+        rows[-1] += [f"{flops / statistics.median(seconds) / peak:.1%}" for flops in costs.values()] if peak else []
     date = datetime.date.today().isoformat()
-    result = {"date": date, "command": command, "hardware": machine, "shape": asdict(shape), "systems": systems}
+    result = {"date": date, "command": command, "hardware": machine, "shape": asdict(shape)}
+    result |= {"facts": arms[0].facts, "systems": systems}
     versions = "\n".join(
         f"- {arm.name} at {arm.revision}: " + ", ".join(f"{k} {v}" for k, v in arm.versions.items()) for arm in arms
     )
-    operations = "\n".join(
-        f"- {arm.name}: " + ", ".join(f"{kind} {ms:.0f}" for kind, ms in arm.operations.items()) for arm in arms
-    )
+    kinds = {arm.name: ", ".join(f"{kind} {ms:.0f}" for kind, ms in arm.operations.items()) for arm in arms}
+    lines = "\n".join(f"- {arm}: {found}" for arm, found in kinds.items() if found)
+    operations = f"\nMilliseconds of a step by kind of operation, of a trace:\n\n{lines}\n" if lines else ""
+    if any("kept memory" in arm.name for arm in arms):
+        operations += """
+"Kept memory" is a peer whose glibc is told to keep freed memory, as our start-up does: it has no such setting itself.
+"""
     text = f"""# Training step against others, shape {name}, {date}
 
 {shape.layers} layers, width {shape.width}, {shape.heads} heads, context {shape.context}, batch {shape.batch}, vocabulary \
-{shape.vocabulary:,}, float32, AdamW; {machine["processor"]}, {machine["cores"]} cores, load {machine["load_at_start"]} at
+{shape.vocabulary:,}, {"bfloat16" if shape.gpu else "float32"}, AdamW; {arms[0].facts["device"]}, {machine["processor"]}, {machine["cores"]} cores, load {machine["load_at_start"]} at
 the start; {len(arms[0].seconds)} rounds of {len(arms[0].seconds[0])} steps in turn, one process a system. Median (quartiles).
 
-{table(("system", "seconds a step", "our step / its step, by round"), rows)}
+{table(header, rows)}
 {versions}
-
-Milliseconds of a step by kind of operation, of a trace:
-
 {operations}
-
-"Kept memory" is a peer whose glibc is told to keep freed memory, as our start-up does: it has no such setting itself.
 Ours is `transformer benchmark step {shape.options}`.
 
     {command}
@@ -431,7 +466,7 @@ def main() -> None:
         arms += [Arm.start(name, options.shape, checkout, python, environment) for name, checkout, python in peers]
     measure(arms, SHAPES[options.shape], options.num_rounds, options.num_steps, options.num_warmup_steps)
     for arm in arms:
-        arm.operations = arm.run("profile")
+        arm.operations = {} if SHAPES[options.shape].gpu else arm.run("profile")
         arm.stop()
     flags = "".join(f" --peer {name}=CHECKOUT,PYTHON" for name, _, _ in peers)
     flags += " --kept-memory" if options.kept_memory else ""

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from transformer.config import Config, ConfigError, replace
-from transformer.parallel.startup import find_processes
+from transformer.parallel import startup
+from transformer.parallel.processes import find_processes
+from transformer.parallel.xla_flags import GPU, merged, set_flags
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -79,6 +81,36 @@ def test_processes_are_found(config: Config, environ: dict[str, str], expected: 
 def test_half_an_environment_is_a_mistake(environ: dict[str, str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         find_processes(Config(), environ)
+
+
+def test_flags_of_the_user_win() -> None:
+    flags = {"one": "true", "two": "true"}
+    assert merged(flags, "") == "--one=true --two=true"
+    assert merged(flags, "--two=false --three=1") == "--one=true --two=false --three=1"
+    assert merged(flags, "--two --one=0") == "--two --one=0"
+
+
+@pytest.mark.parametrize(("accelerator", "variable"), [("gpu", "XLA_FLAGS"), ("tpu", "LIBTPU_INIT_ARGS")])
+def test_each_accelerator_has_its_flags(accelerator: Any, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = {"gpu": "/dev/nvidia0", "tpu": "/dev/accel0"}[accelerator]
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == device)
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert startup._accelerator() == accelerator
+    environ = {variable: "--mine=1"}
+    set_flags(accelerator, environ)
+    assert environ.keys() == {variable} and environ[variable].endswith(" --mine=1")
+    assert len(environ[variable].split()) > 5
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert startup._accelerator() is None
+
+
+def test_this_release_knows_the_flags() -> None:
+    """XLA ends a process over a flag that it does not know, and knows those of GPUs everywhere."""
+    program = "import jax; print(jax.device_count())"
+    flags = merged(GPU, "")
+    assert printed(program, JAX_PLATFORMS="cpu", XLA_FLAGS=flags) == ["1"]
+    with pytest.raises(subprocess.CalledProcessError):
+        printed(program, JAX_PLATFORMS="cpu", XLA_FLAGS=f"{flags} --xla_gpu_no_such_flag=1")
 
 
 def printed(program: str, **environ: str) -> list[str]:

@@ -46,7 +46,8 @@ class Program:
 
     def _optimizer(self) -> tuple[Any, TrainState]:
         optimizer = make_optimizer(self.config, parameter_specs(self.model))
-        return optimizer, state_shardings(self.model, optimizer, self.mesh)
+        offload = self.config.parallel.offload_optimizer
+        return optimizer, state_shardings(self.model, optimizer, self.mesh, offload)
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +99,7 @@ def make_program(config: Config) -> Program:
     config = resolve(with_window(config), size, labels)
     model = Transformer(for_platform(config.model, jax.default_backend()))
     optimizer = make_optimizer(config, parameter_specs(model))
-    shardings = state_shardings(model, optimizer, mesh)
+    shardings = state_shardings(model, optimizer, mesh, config.parallel.offload_optimizer)
     rows = batch_sharding(mesh)
     with jax.set_mesh(mesh):
         batch = {name: jax.device_put(array, rows) for name, array in made_up(config).items()}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from transformer.arguments import Overrides, Recipe
 from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process, timed
@@ -18,6 +18,11 @@ from transformer.benchmarks.report import save_plot
 from transformer.benchmarks.rnn_report import DEVICES, SPLIT_LENGTH, Cell, draw, report
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.config.model import Mixer
+
+if TYPE_CHECKING:
+    from transformer.benchmarks import torch_lstm
+
+PYTORCH = "lstm of PyTorch"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Options:
     """GiB that a step may need."""
     rounds: int = 3
     """Steps that are timed."""
+    pytorch: bool = False
+    """Time an LSTM of PyTorch's as well, first and in a process of its own: on a GPU that is cuDNN's."""
     output: str = ""
     """Directory for result.json, report.md and plot.png; empty: the report is printed."""
     json_file: JsonFile = ""
@@ -53,12 +60,18 @@ def run(options: Options) -> int:
     from transformer.parallel import startup
 
     startup.start(options.config)
+    # Before this process takes the device's memory.
+    others = pytorch(options) if options.pytorch else {}
     from transformer.benchmarks.roofline import ceilings
 
     calls, work = ceilings(options.config.model.compute_dtype)
     products = {name: call for name, call in calls.items() if name != "memory"}
     fastest = {name: work[name] / min(seconds) for name, seconds in timed(products, options.rounds, 2).items()}
     cells = [cell for length in options.lengths for cell in measure(options, length)]
+    for cell in [cell for cell in cells if cell.mixer == "lstm"] if others else []:
+        run = others[cell.length]
+        as_ours = {"seconds": run.seconds, "bytes": run.bytes, "parameters": run.parameters}
+        cells.append(dataclasses.replace(cell, mixer=PYTORCH, **as_ours))
     facts = {"cells": [asdict(cell) for cell in cells], "ceiling": max(fastest.values()), "split": split(options)}
     subject = {"tokens": options.tokens, "model": json.loads(to_json(options.config))["model"]}
     seconds = {f"{c.mixer}, {c.length} tokens": Measurement(c.seconds, "s") for c in cells if c.seconds}
@@ -81,6 +94,8 @@ def _problem(options: Options) -> str | None:
         return "--rounds and --lengths must be at least 1"
     if unknown := [name for name in options.mixers if name not in get_args(Mixer)]:
         return f"--mixers = {unknown[0]!r}: must be of {', '.join(get_args(Mixer))}"
+    if options.pytorch and "lstm" not in options.mixers:
+        return "--pytorch: its LSTM is measured beside ours, which --mixers leaves out"
     if odd := [length for length in options.lengths if options.tokens % length or length > options.tokens]:
         return f"--tokens = {options.tokens}: must be a multiple of every length, which {odd[0]} does not divide"
     return None
@@ -112,10 +127,22 @@ def measure(options: Options, length: int) -> list[Cell]:
     return [dataclasses.replace(cell, seconds=tuple(seconds.get(mixer, ()))) for mixer, cell in found.items()]
 
 
+def pytorch(options: Options) -> "dict[int, torch_lstm.Run]":
+    """Returns what an LSTM of PyTorch's makes of each length, in the shape that ours has."""
+    from transformer.benchmarks import torch_lstm
+    from transformer.checkpointing.run import resolve
+    from transformer.objectives import vocabulary
+
+    def shape(length: int) -> torch_lstm.Shape:
+        config = with_mixer(options.config, "lstm", length, options.tokens // length)
+        return torch_lstm.Shape.of(resolve(config, vocabulary.without_data(config)))
+
+    shapes = [shape(length) for length in options.lengths]
+    return dict(zip(options.lengths, torch_lstm.measure(shapes, options.rounds), strict=True))
+
+
 def with_mixer(config: Config, mixer: str, length: int, rows: int) -> Config:
     """Returns the configuration with another mixer in every layer, texts of a length, and as many parameters."""
-    import jax
-
     from transformer.checkpointing.run import for_platform, resolve
     from transformer.models.parameters import num_parameters
     from transformer.models.transformer import Transformer
@@ -125,7 +152,8 @@ def with_mixer(config: Config, mixer: str, length: int, rows: int) -> Config:
 
     def parameters(changed: Config) -> int:
         model = resolve(changed, vocabulary.without_data(changed)).model
-        return num_parameters(Transformer(for_platform(model, jax.default_backend())))
+        # As many on every platform; asking for this one would take its memory.
+        return num_parameters(Transformer(for_platform(model, "cpu")))
 
     wanted = parameters(config)
     changed = replace(config, model={"layers": mixer, "state_width": None})

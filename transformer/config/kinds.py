@@ -3,6 +3,7 @@
 Each check is loaded when a configuration has what it is about.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from typing import get_args
 
@@ -101,3 +102,9 @@ def recall_problems(config: Config) -> Iterator[str]:
         yield f"data.tokenizer = {config.data.tokenizer!r}: 'associative_recall' needs 'bytes', whose tokens are known"
     elif tokens is not None and pairs > (tokens - 4) // 2:
         yield f"{label}: each pair needs a key of its own, and there are {(tokens - 4) // 2}"
+
+
+def eight_bit_problems(model: ModelConfig) -> Iterator[str]:
+    if importlib.util.find_spec("qwix") is None:
+        wanted = f"model.matrix_products = {model.matrix_products!r}"
+        yield f"{wanted} needs the package qwix (pip install 'transformer[quantization]')"

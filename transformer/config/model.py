@@ -216,6 +216,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of weights inside matrix products; parameters and softmax stay in float32."""
+    matrix_products: Literal["compute_dtype", "int8", "fp8"] = "compute_dtype"
+    """Type of the operands of linear maps inside the layers: that of activations, or eight bits (extra `quantization`)."""
 
     @property
     def width_ratio(self) -> float:

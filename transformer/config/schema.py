@@ -253,6 +253,8 @@ class ParallelConfig:
     """Data parallelism with parameters and optimizer state split (ZeRO-3)."""
     tensor: int = 1
     """Heads, MLP and vocabulary split within each layer (Megatron)."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in the host's memory: less on each device, and a transfer both ways in every step."""
     cpu_devices: int = 0
     """Simulate this many devices on the CPU. 0: the real devices."""
     coordinator: str = ""

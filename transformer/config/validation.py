@@ -175,6 +175,8 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
         yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
     if model.positions == "relative":
         yield from importlib.import_module("transformer.config.kinds").bucket_problems(model)
+    if model.matrix_products != "compute_dtype":
+        yield from importlib.import_module("transformer.config.kinds").eight_bit_problems(model)
     if model.rotary_scaling == "dynamic_ntk" and config.data.sequence_length > model.rotary_original_length:
         limit = f"data.sequence_length = {config.data.sequence_length} beyond {model.rotary_original_length}"
         reason = "texts in one row would be turned as the longest of them; train with another scaling"
@@ -275,6 +277,8 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
     optimizer, name = config.optimizer, f"optimizer.name = {config.optimizer.name!r}"
     if optimizer.name == "sgd" and config.model.parametrization == "mup":
         yield f"{name} has no learning rates that follow the width: model.parametrization = 'mup' needs another"
+    if config.parallel.offload_optimizer and (optimizer.ema_decay or optimizer.name == "schedule_free"):
+        yield f"parallel.offload_optimizer = True: {name} keeps the average that is evaluated; no ema_decay, no schedule_free"
     if optimizer.name != "schedule_free":
         return
     if optimizer.schedule != "constant":

@@ -1,5 +1,6 @@
 """The pieces of a block: linear maps, norms and dropout."""
 
+import importlib
 import math
 
 import jax
@@ -37,9 +38,15 @@ class Linear(nnx.Module):
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
         biased = config.biases if bias is None else bias
         self.bias = parameter(dims[1:], (bias_axis,), zeros, "bias") if biased else None
+        self.product = config.matrix_products if role == "matrix" else "compute_dtype"
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        y = (as_rows(x) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+        rows, kernel = as_rows(x), self.kernel[...].astype(x.dtype)
+        if self.product == "compute_dtype":
+            y = rows @ kernel
+        else:  # loaded only by models that ask for it
+            y = importlib.import_module("transformer.models.eight_bits").eight_bit_product(rows, kernel, self.product)
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -1,12 +1,12 @@
-"""What must be settled before JAX touches a device: allocator, simulated devices, processes, compilation cache."""
+"""What must be settled before JAX touches a device: allocator or compiler, simulated devices, processes, cache."""
 
 import ctypes
+import importlib
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 
-from transformer.config import Config, ConfigError
+from transformer.config import Config
 
 _started = False
 
@@ -26,7 +26,9 @@ def start(config: Config) -> None:
         # Simulated devices wait for each other inside XLA's thread pool, which by default has a thread a core
         # and deadlocks when more devices than cores meet in a collective.
         os.environ.setdefault("NPROC", str(max(16, 2 * config.parallel.cpu_devices)))
-    if not _has_accelerator():
+    if accelerator := _accelerator():
+        importlib.import_module("transformer.parallel.xla_flags").set_flags(accelerator, os.environ)
+    else:
         _keep_freed_memory()
 
     import jax
@@ -34,47 +36,17 @@ def start(config: Config) -> None:
     if config.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    processes = find_processes(config, os.environ)
-    if processes is not None:
-        jax.distributed.initialize(**processes)
+    several = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
+    if config.parallel.coordinator or any(name in os.environ for name in several):
+        processes = importlib.import_module("transformer.parallel.processes").find_processes(config, os.environ)
+        if processes is not None:
+            jax.distributed.initialize(**processes)
 
 
-def find_processes(config: Config, environ: Mapping[str, str]) -> dict | None:
-    """Returns the arguments of `jax.distributed.initialize`, or None for a single process.
-
-    In order of precedence: the configuration; `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` (for Kubernetes' indexed jobs, `JOB_COMPLETION_INDEX` stands for the last); Slurm, and
-    the hosts of a TPU slice, which JAX itself knows how to read. Raises ConfigError for half a set of variables.
-    """
-    parallel = config.parallel
-    if parallel.coordinator:
-        return _processes(parallel.coordinator, parallel.num_processes, parallel.process_id)
-    in_slurm_step = "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1
-    several_tpu_hosts = "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-    known_to_jax = in_slurm_step or several_tpu_hosts
-    if "JAX_COORDINATOR_ADDRESS" in environ and ("JAX_NUM_PROCESSES" in environ or not known_to_jax):
-        in_job = "JAX_PROCESS_ID" not in environ and "JOB_COMPLETION_INDEX" in environ
-        names = ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX" if in_job else "JAX_PROCESS_ID")
-        values = [environ.get(name, "") for name in names]
-        problem = " = {!r}: must be a whole number, for JAX_COORDINATOR_ADDRESS is set"
-        problems = [name + problem.format(v) for name, v in zip(names, values, strict=True) if not v.isdecimal()]
-        if problems:
-            raise ConfigError(problems)
-        count, index = map(int, values)
-        if index >= count:
-            raise ConfigError(f"{names[1]} = {index}: must be below JAX_NUM_PROCESSES = {count}")
-        return _processes(environ["JAX_COORDINATOR_ADDRESS"], count, index)
-    return {} if known_to_jax else None
-
-
-def _processes(address: str, count: int, index: int) -> dict:
-    return {"coordinator_address": address, "num_processes": count, "process_id": index}
-
-
-def _has_accelerator() -> bool:
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd"))
+def _accelerator() -> str | None:
+    devices = {"/dev/nvidia0": "gpu", "/dev/kfd": "gpu", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
+    found = [kind for device, kind in devices.items() if Path(device).exists()]
+    return found[0] if found and os.environ.get("JAX_PLATFORMS") != "cpu" else None
 
 
 def _keep_freed_memory() -> None:

@@ -56,7 +56,7 @@ def run(config: Config, workdir: Path) -> int:
             # Model and optimizer, and where each array of their state lives.
             model = Transformer(for_platform(config.model, jax.default_backend()))
             optimizer = make_optimizer(config, parameter_specs(model))
-            shardings = state_shardings(model, optimizer, mesh)
+            shardings = state_shardings(model, optimizer, mesh, config.parallel.offload_optimizer)
 
             with jax.set_mesh(mesh), Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
                 # The latest checkpoint, whatever mesh it was saved from; without one, a state from the seed.

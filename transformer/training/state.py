@@ -55,16 +55,20 @@ def initial_state(model: Transformer, optimizer: optax.GradientTransformationExt
 
 
 def state_shardings(
-    model: Transformer, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh | AbstractMesh
+    model: Transformer,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh | AbstractMesh,
+    offload_optimizer: bool = False,
 ) -> TrainState:
-    """Returns the layout of every array: moments lie where their parameters do, scalars everywhere."""
+    """Returns the layout of every array: moments lie where their parameters do, or there on the host; scalars everywhere."""
     whole, specs = replicated(mesh), parameter_specs(model)
     named = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
 
     def layout(path: Any, leaf: Any) -> NamedSharding:
         spec = named.get(_names(path))
         axes = None if spec is None else _axes_left(spec, leaf.shape, path)
-        return whole if axes is None else sharding(mesh, axes, leaf.shape)
+        found = whole if axes is None else sharding(mesh, axes, leaf.shape)
+        return found.with_memory_kind("pinned_host") if offload_optimizer and leaf.ndim else found
 
     opt_state = jax.eval_shape(optimizer.init, abstract_parameters(model))
     params = map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape), specs)

@@ -31,6 +31,10 @@ def make_train_step(
     """Returns the step for `config`; `shardings` pin the gradients to the layout of their parameters."""
     schedule, specs, starts = make_schedule(config), parameter_specs(model), microbatch_starts(config)
     gradient = make_gradient(config, model, None if shardings is None else shardings.params)
+    near = None
+    if config.parallel.offload_optimizer:
+        assert shardings is not None, "they tell where the moments are brought from"
+        near = jax.tree.map(lambda layout: layout.with_memory_kind("device"), shardings.opt_state)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
@@ -40,7 +44,8 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             norm = gradient_norm(gradients, specs)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, rate=rate)
+            opt_state = state.opt_state if near is None else jax.device_put(state.opt_state, near)
+            updates, new_opt_state = optimizer.update(gradients, opt_state, state.params, rate=rate)
             params = optax.apply_updates(state.params, updates)
             finite = jnp.isfinite(optax.tree.norm(gradients)) & jnp.isfinite(metrics["loss"])
 
@@ -48,7 +53,7 @@ def make_train_step(
                 return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
             skipped = jnp.where(finite, 0, state.nonfinite_steps + 1)
-            state = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), skipped)
+            state = TrainState(state.step + 1, keep(params, state.params), keep(new_opt_state, opt_state), skipped)
         metrics |= {"gradient_norm": norm, "learning_rate": rate, "nonfinite_steps": skipped}
         return state, metrics
 
