@@ -19,11 +19,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformer.benchmarks.measure import own_process
 
+ROOT = Path(__file__).resolve().parent.parent
 ONE_BILLION = (
     "--config gpt2_124m --model.num-layers 18 --model.width 2048 --model.num-heads 16 --model.vocab-size 50304"
     " --model.no-biases --data.sequence-length 2048 --train.batch-size 8 --train.num-microbatches 1"

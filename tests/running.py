@@ -137,3 +137,21 @@ def assert_same_run(
         assert [name for name in left if left[name].tobytes() != right[name].tobytes()] == []
 
     return check
+
+
+@pytest.fixture
+def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Returns a function that has this process sent a signal when the line of a step is written."""
+    from transformer.training.report import Report
+
+    train = Report.train
+
+    def arrange(step: int, number: int) -> None:
+        def with_signal(self: Report, record: dict[str, Any], mfu: float | None) -> None:
+            train(self, record, mfu)
+            if record["step"] == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Report, "train", with_signal)
+
+    return arrange

@@ -9,11 +9,12 @@ import threading
 import time
 
 import pytest
+from matplotlib.figure import Figure
 
 from transformer.arguments import load_config
 from transformer.benchmarks.report import table
 from transformer.config import ConfigError, problems_of, replace, to_json
-from transformer.studies import STUDIES, ablation, mup, recall
+from transformer.studies import STUDIES, ablation, mup, precision, recall
 from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread
 from transformer.training import DIVERGED
 
@@ -50,6 +51,23 @@ def test_ablation_removes_one_thing_at_a_time():
     assert changed("post_norm_no_warmup") == {"model.norm_placement", "optimizer.warmup_steps"}
     assert by_name["no_residuals_8_layers"].config.model.num_layers == 8
     assert changed("no_residuals_8_layers") == {"model.residuals", "model.num_layers"}
+
+
+def test_precision_compares_with_float32_after_as_many_steps():
+    found = [outcome("float32", 2.0, seed) for seed in (0, 1)]
+    found += [outcome("int8", 2.01), outcome("int8", 1.99, 1), outcome("fp8", 2.1)]
+    assert precision.differences(found[2], found[0]) == pytest.approx([0.02, 0.01])
+    report = precision.report(found)
+    assert "| float32 | 2.0000 | 0.0000 | 0.000 | yes |" in report
+    assert "| int8 | 2.0000 | 0.0200 | 0.050 | yes |" in report and "| fp8 | 2.1000 | 0.2000 | 0.050 | no |" in report
+    # Of a seed that float32 was not trained with, nothing is known.
+    assert "| int8 | 2.0100 | – | 0.050 | – |" in precision.report([found[0], outcome("int8", 2.01, 7)])
+    precision.draw(found, figure := Figure())
+    assert [line.get_label() for line in figure.axes[0].lines if line.get_label()[0] != "_"] == [
+        "float32",
+        "int8",
+        "fp8",
+    ]
 
 
 def test_ablation_reports_spread_distance_and_what_diverged():

@@ -31,22 +31,6 @@ Make = Callable[..., Config]
 TRAIN_FIELDS = "step split loss cross_entropy tokens gradient_norm learning_rate step_seconds tokens_per_second".split()
 
 
-@pytest.fixture
-def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Returns a function that has this process sent a signal when the line of a step is written."""
-    train = Report.train
-
-    def arrange(step: int, number: int) -> None:
-        def with_signal(self: Report, record: dict[str, Any], mfu: float | None) -> None:
-            train(self, record, mfu)
-            if record["step"] == step:
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(Report, "train", with_signal)
-
-    return arrange
-
-
 def events(directory: Path) -> Iterator[Event]:
     for file in sorted(directory.iterdir()):
         data = file.read_bytes()

@@ -3,6 +3,7 @@
 STUDIES: dict[str, tuple[str, str]] = {
     "ablation": ("transformer.studies.ablation", "stdlib"),
     "mup": ("transformer.studies.mup", "width_transfer"),
+    "precision": ("transformer.studies.precision", "stdlib"),
     "recall": ("transformer.studies.recall", "associative_recall"),
 }
 """Module and recipe by name; the module has STUDY, whose runs change the recipe."""

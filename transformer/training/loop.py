@@ -169,16 +169,24 @@ class Loop:
             return train_step(state, batch)
 
         start = time.perf_counter()
-        compiled = compile_step(counted, state, batch, shardings, self.mesh)
+        # Loaded by name: how programs are kept is no part of how a run goes.
+        stored = importlib.import_module("transformer.checkpointing.programs").stored_program
+        compiled = stored(
+            self.config,
+            self.workdir,
+            (state, batch),
+            state,
+            lambda: compile_step(counted, state, batch, shardings, self.mesh),
+        )
         seconds = time.perf_counter() - start
         memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         tokens = self.config.train.batch_size * self.config.data.sequence_length
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         self.report.message(
-            f"{num_parameters(self.model):,} parameters; mesh {shape or 'of one device'}; compiled in {seconds:.1f} s; per "
-            f"device {arguments / 2**20:,.0f} MiB of arguments, {temporary / 2**20:,.0f} MiB of temporaries; "
-            f"{self.flops_per_token * tokens:.3g} FLOPs a step"
+            f"{num_parameters(self.model):,} parameters; mesh {shape or 'of one device'}; "
+            f"{'compiled' if self.num_traces else 'loaded'} in {seconds:.1f} s; per device {arguments / 2**20:,.0f} MiB of "
+            f"arguments, {temporary / 2**20:,.0f} MiB of temporaries; {self.flops_per_token * tokens:.3g} FLOPs a step"
         )
         return compiled
 
