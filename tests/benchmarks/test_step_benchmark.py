@@ -118,6 +118,9 @@ def test_a_result_is_printed_and_written(
     assert list(trace.rglob("*.xplane.pb"))
     assert record["machine"]["num_devices"] == jax.device_count() and record["subject"]["tokens"] == 128
     rates, seconds = (record["measurements"][name]["values"] for name in ("tokens_per_second", "step_seconds"))
+    losses = record["facts"]["losses"]
+    assert len(losses) == 3 + 3 and losses[-1] < losses[0] == pytest.approx(np.log(260), rel=0.05)
+    assert f"loss of the first step {losses[0]:.6f}, of the last {losses[-1]:.6f}" in told
     assert len(seconds) == 3 and rates == pytest.approx([128 / each for each in seconds])
     assert "mfu_attention_causal_half" not in record["measurements"]
 

@@ -47,8 +47,16 @@ def run(options: Options) -> int:
     from transformer.benchmarks.program import make_program
 
     program = make_program(options.config)
-    seconds = timed({"step": program}, options.rounds, options.warmup)["step"]
+    losses: list[Any] = []
+
+    def step() -> Any:
+        metrics = program()
+        losses.append(metrics["loss"])
+        return metrics
+
+    seconds = timed({"step": step}, options.rounds, options.warmup)["step"]
     result = result_of(program, seconds)
+    result.facts["losses"] = list(map(float, losses))
     print(text_of(result))
     if options.json_file:
         result.write(options.json_file)
@@ -104,6 +112,10 @@ def text_of(result: Result) -> str:
     if "peak_resident_bytes" in facts:
         lines.append(f"peak resident memory of the process: {facts['peak_resident_bytes'] / 2**20:,.0f} MiB")
     lines += [f"{name.replace('_', ' ')}: {measured}" for name, measured in result.measurements.items()]
+    if losses := facts.get("losses"):
+        lines.append(
+            f"loss of the first step {losses[0]:.6f}, of the last {losses[-1]:.6f}, on one batch of made-up tokens"
+        )
     full, half = facts["model_flops_attention_in_full"], facts["model_flops_attention_causal_half"]
     lines.append(f"model FLOPs a step: {half:.4g} with the causal half of attention, {full:.4g} with all of it")
     if not any(name.startswith("mfu") for name in result.measurements):
