@@ -1,16 +1,14 @@
-"""The compiled step of a run, kept in its directory: a run that goes on where it stopped neither traces nor compiles.
+"""Compiled steps, kept beside XLA's cache of programs: a later start of the same step does not trace it either.
 
-Reading such a file can run code. So each is signed with a secret that lies beside the compilation cache, and what this user
-has not written on a machine that shares this cache is never read.
+XLA's cache is asked for a program only when it has been traced and lowered, which takes longer than to load it. The files lie there
+and not in run directories, which people pass on, because to read such a file can run code.
 """
 
 import functools
 import hashlib
-import hmac
 import json
 import os
 import platform
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,68 +16,60 @@ from typing import Any
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh
 
 from transformer.config import Config, to_json, write_atomically
 
 PACKAGE = Path(__file__).parents[1]
+SECTIONS = ("model", "objective", "optimizer", "train", "parallel", "seed")
+"""What of the configuration a step depends on, besides the shapes of its arguments."""
+LENGTHS = ("sequence_length", "source_length", "window_length")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_DEFAULT_MATMUL_PRECISION")
-DIGEST = 32
+
+_hits: list[str] = []
+"""An entry for each program that came from XLA's cache."""
+jax.monitoring.register_event_listener(lambda name, **_: _hits.append(name) if name.endswith("/cache_hits") else None)
 
 
-def stored_program(
-    config: Config, workdir: Path, arguments: Sequence[Any], results: Any, compile_program: Callable[[], Any]
-) -> Any:
-    """Returns the program of the run in `workdir`, read from there, or compiled and written there.
+def stored_program(config: Config, mesh: Mesh, arguments: Sequence[Any], compile_program: Callable[[], Any]) -> Any:
+    """Returns a program that an earlier run has kept, or compiles and keeps it.
 
-    It takes `arguments` and returns a pair, of a tree like `results` and a dictionary of numbers. Without a compilation
-    cache nothing is read or written. Anything that the program depends on makes another: configuration, our code, JAX,
-    devices, flags.
+    It runs on the devices of `mesh`, takes `arguments` (a state and a batch), and returns a new state and a dictionary of
+    metrics. Without a compilation cache nothing is read or written. Whatever the program depends on makes another:
+    configuration, our code, JAX, devices, flags.
     """
     if not config.compilation_cache_dir:
         return compile_program()
-    path = workdir / f"step-{jax.process_index()}.program"
-    key = _secret(Path(config.compilation_cache_dir).expanduser() / "secret")
-    wanted = _fingerprint(config)
-    content = path.read_bytes() if path.exists() else b""
-    signature, rest = content[:DIGEST], content[DIGEST:]
-    if hmac.compare_digest(signature, _signature(key, rest)) and rest.startswith(wanted):
-        names, _, payload = rest[DIGEST:].partition(b"\n")
-        trees = [
-            jax.tree.structure(tree)
-            for tree in ((tuple(arguments), {}), (results, dict.fromkeys(json.loads(names), 0)))
-        ]
-        return serialize_executable.deserialize_and_load(payload, *trees)
+    name = _fingerprint(config, mesh, arguments)
+    path = Path(config.compilation_cache_dir).expanduser() / "steps" / name
+    if path.exists():
+        names, _, payload = path.read_bytes().partition(b"\n")
+        results = (arguments[0], dict.fromkeys(json.loads(names), 0))
+        trees = [jax.tree.structure(tree) for tree in ((tuple(arguments), {}), results)]
+        return serialize_executable.deserialize_and_load(payload, *trees, execution_devices=list(mesh.devices.flat))
+    before = len(_hits)
     program = compile_program()
-    try:
-        payload, _, tree = serialize_executable.serialize(program)
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return program  # not every backend can
-    names = json.dumps(sorted(jax.tree.unflatten(tree, range(tree.num_leaves))[1])).encode()
-    rest = wanted + names + b"\n" + payload
-    write_atomically(path, _signature(key, rest) + rest)
+    if len(_hits) == before:  # what XLA's cache has given lacks, on a CPU, the code that would have to be kept
+        try:
+            payload, _, tree = serialize_executable.serialize(program)
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return program  # not every backend can
+        names = json.dumps(sorted(jax.tree.unflatten(tree, range(tree.num_leaves))[1])).encode()
+        write_atomically(path, names + b"\n" + payload)
     return program
 
 
-def _signature(key: bytes, content: bytes) -> bytes:
-    return hmac.new(key, content, hashlib.sha256).digest()
-
-
-def _secret(path: Path) -> bytes:
-    """Returns the secret in `path`, which only this user can read; makes one where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(DIGEST))
-    except FileExistsError:
-        pass
-    return path.read_bytes()
-
-
-def _fingerprint(config: Config) -> bytes:
-    facts = [to_json(config), jax.__version__, jaxlib.__version__, _code(), jax.process_count(), jax.process_index()]
-    facts += [(device.id, device.device_kind, device.process_index) for device in jax.devices()]
-    facts += [jax.devices()[0].client.platform_version, *(os.environ.get(name, "") for name in VARIABLES), _processor()]
-    return hashlib.sha256(repr(facts).encode()).digest()
+def _fingerprint(config: Config, mesh: Mesh, arguments: Sequence[Any]) -> str:
+    tree = json.loads(to_json(config))
+    facts = [tree[section] for section in SECTIONS] + [tree["data"][name] for name in LENGTHS]
+    facts += [
+        (leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in jax.tree.leaves(arguments)
+    ]
+    facts += [(device.id, device.device_kind, device.process_index) for device in mesh.devices.flat]
+    facts += [jax.__version__, jaxlib.__version__, jax.process_count(), jax.process_index(), _code(), _processor()]
+    facts += [jax.devices()[0].client.platform_version, *(os.environ.get(name, "") for name in VARIABLES)]
+    facts += [jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _processor() -> list[str]:

@@ -169,15 +169,10 @@ class Loop:
             return train_step(state, batch)
 
         start = time.perf_counter()
-        # Loaded by name: how programs are kept is no part of how a run goes.
+        # Loaded by name: where programs are kept is no part of how a run goes.
         stored = importlib.import_module("transformer.checkpointing.programs").stored_program
-        compiled = stored(
-            self.config,
-            self.workdir,
-            (state, batch),
-            state,
-            lambda: compile_step(counted, state, batch, shardings, self.mesh),
-        )
+        compile_it = functools.partial(compile_step, counted, state, batch, shardings, self.mesh)
+        compiled = stored(self.config, self.mesh, (state, batch), compile_it)
         seconds = time.perf_counter() - start
         memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
