@@ -100,6 +100,11 @@ def tokamax(
     except ImportError as error:
         name = "model.attention_implementation = 'tokamax'"
         raise ConfigError(f"{name} needs the package tokamax (pip install tokamax)") from error
+    from absl import flags
+
+    # It would look for its own options among ours, and refuse the rest of the command line.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
     function = partial(package.dot_product_attention, scale=scale, implementation="triton")
     return _on_each_device(partial(_with_mask, function), query, key, value, mask)
 
