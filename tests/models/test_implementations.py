@@ -5,6 +5,7 @@ import logging
 import sys
 import types
 from functools import cache, partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -446,6 +447,92 @@ def test_splash_compiles_for_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
         with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
             compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*inputs, places).compile()
         assert str(compiled.as_text()).count('custom_call_target="tpu_custom_call"') >= 3
+
+
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  device_memory_size: 84942979072
+  memory_bandwidth: 3352320000000
+  clock_rate_ghz: 1.98
+  device_address_bits: 64
+  name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA's compiler has to know of a chip that is not here."""
+
+
+def compiled_for_h100s(name: str, length: int, width: int) -> str:
+    """The program of gradients for four of them: packed and causal, in bfloat16, two query heads to a key head."""
+    if not any("cuda" in plugin.value for plugin in entry_points(group="jax_plugins")):
+        pytest.skip("the compiler for GPUs is not installed")
+    from jax._src.config import persistent_cache_min_compile_time_secs
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x4")
+    devices = np.asarray(topology.devices).reshape(2, 2)
+    mesh = jax.sharding.Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    places = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=rows)
+    inputs = [jax.ShapeDtypeStruct((4, length, heads, width), jnp.bfloat16, sharding=rows) for heads in (8, 4, 4)]
+
+    def loss(query: Any, key: Any, value: Any, positions: Any, segment_ids: Any) -> Any:
+        tokens = Tokens(positions, segment_ids)
+        return jnp.sum(attend(name, query, key, value, Mask(tokens, tokens)).astype(jnp.float32))
+
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*inputs, places, places)
+        # JAX would keep the program, and could not read it back without a GPU.
+        with persistent_cache_min_compile_time_secs(float("inf")):
+            return str(lowered.compile().as_text())
+
+
+@pytest.mark.parametrize(("length", "width"), [(300, 24), (512, 128)])
+def test_cudnn_compiles_for_an_h100(length: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where XLA's compiler for GPUs is installed. cuDNN itself plans its kernels where there is a GPU, and not before."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_000)
+    text = compiled_for_h100s("auto", length, width)
+    assert f"bf16[2,{length},4,{width}]" in text
+    for target in ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"):
+        assert f'custom_call_target="{target}"' in text
+
+
+@pytest.mark.parametrize(("length", "width"), [(300, 24), (512, 128)])
+def test_tokamax_compiles_for_an_h100(length: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it and XLA's compiler for GPUs are installed: its kernels in Triton, to the end, both ways."""
+    monkeypatch.undo()
+    tokamax = pytest.importorskip("tokamax", reason="tokamax is not installed")
+    # Otherwise it asks whether the device that is here has Triton.
+    with tokamax.config.cross_compile(True):
+        text = compiled_for_h100s("tokamax", length, width)
+    assert f"bf16[2,{length},4,{width}]" in text
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') >= 2
+    for kernel in ("pallas_flash_attention_fwd_res", "pallas_flash_attention_vjp"):
+        assert kernel in text
 
 
 def test_names_are_those_of_the_key() -> None:

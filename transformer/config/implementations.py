@@ -108,8 +108,15 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         bias=False,
         head_multiple=8,
     ),
-    "cudnn": _gpu_kernel("cudnn", "not run; its calls written for cuda, what it is given computed by XLA"),
-    "tokamax": _gpu_kernel("tokamax", "not run; what it is given computed by XLA"),
+    "cudnn": _gpu_kernel(
+        "cudnn",
+        "not run; its calls written for cuda, what it is given computed by XLA; "
+        "compiled for an H100 where the CUDA plugin is installed, but for cuDNN's own plans",
+    ),
+    "tokamax": _gpu_kernel(
+        "tokamax",
+        "not run; what it is given computed by XLA; compiled for an H100 where the CUDA plugin is installed",
+    ),
 }
 """By the names of `model.attention_implementation`, which also has `auto`."""
 
