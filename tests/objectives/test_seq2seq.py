@@ -33,6 +33,7 @@ def copying(tmp_path: Path) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_copy_is_learned(copying: Config) -> None:
     prepared = prepare(copying, False)
     config = resolve(copying, prepared.tokenizer.vocab_size, prepared.num_labels)

@@ -137,7 +137,13 @@ def test_there_are_ten_splits_of_eight():
     assert len(SPLITS) == 10 and all(r * f * t == 8 for r, f, t in SPLITS)
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=name_of)
+ON_DEMAND = [(4, 2, 1), (4, 1, 2), (2, 1, 4), (1, 4, 2), (1, 1, 8)]
+"""Splits that differ from the others in sizes alone."""
+
+
+@pytest.mark.parametrize(
+    "split", [pytest.param(s, marks=pytest.mark.slow if s in ON_DEMAND else (), id=name_of(s)) for s in SPLITS]
+)
 def test_every_split_computes_what_one_device_does(split, run, capfd):
     same(run, "uneven", split)
     assert "rematerialization" not in capfd.readouterr().err, "the compiler replicates an activation"

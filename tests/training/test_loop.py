@@ -106,15 +106,6 @@ def test_a_finished_run_started_again_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in kept} == before
 
 
-def test_a_run_goes_on_when_it_is_given_more_steps(
-    make_run: Make, tmp_path: Path, assert_same_run: Callable[[Path, Path], None]
-) -> None:
-    for num_steps in (8, 12):
-        assert loop.run(make_run(train={"num_steps": num_steps}), tmp_path / "extended") == 0
-    assert loop.run(make_run(), tmp_path / "whole") == 0
-    assert_same_run(tmp_path / "extended", tmp_path / "whole")
-
-
 def test_a_run_that_averages_evaluates_its_average_and_resumes_without(
     make_run: Make,
     tmp_path: Path,

@@ -56,7 +56,7 @@ def test_steps_are_the_same_to_the_bit(
 
 
 def test_a_run_may_move_its_moments_to_the_host_and_back(make_run: Any, assert_same_run: Any, tmp_path: Path) -> None:
-    """Four steps here, four there, four here: as a run that stays where it is."""
+    """Four steps here, four more there, four more here: as a run that was given all and stays where it is."""
     assert loop.run(make_run(), tmp_path / "whole") == 0
     for num_steps, offload in ((4, False), (8, True), (12, False)):
         config = make_run(train={"num_steps": num_steps}, parallel={"offload_optimizer": offload})

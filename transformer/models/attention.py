@@ -19,7 +19,8 @@ from transformer.models.patterns import Pattern, make_pattern
 from transformer.models.positions import rotate
 from transformer.parallel.sharding import constrain
 
-KEY_AXES = ("batch", "length", "kv_heads", "head_width")
+KEY_AXES = ("batch", "kv_heads", "length", "head_width")
+"""Of a cache: a head's columns lie side by side, for a product reads them so, and one query a row is all reading."""
 
 
 def split_heads(x: Float[Array, "B T E"], count: int, name: str) -> Float[Array, "B T N H"]:
@@ -87,7 +88,9 @@ class SelfAttention(Heads):
         if cache is not None:
             new = {"key": key, "value": value}
             if self.window is None:
-                cache, (key, value) = remember_all(cache, layer, new, context)
+                new = {name: by_head(made) for name, made in new.items()}
+                cache, (key, value) = remember_all(cache, layer, new, context, axis=2)
+                key, value = by_head(key), by_head(value)
             else:
                 cache, (key, value), mask = _remember_window(cache, layer, new, context, mask, self.window.num_sinks)
         return self.attended(query, key, value, mask, context.bias), cache
@@ -101,7 +104,7 @@ class SelfAttention(Heads):
         config = self.config
 
         def pair(prefix: str, columns: int) -> dict[str, CacheSpec]:
-            shape = (batch_size, columns, config.kv_heads, config.head_dim)
+            shape = (batch_size, config.kv_heads, columns, config.head_dim)
             names = (f"{prefix}key", f"{prefix}value")
             return {name: CacheSpec(shape, KEY_AXES, config.compute_dtype) for name in names}
 
@@ -111,9 +114,16 @@ class SelfAttention(Heads):
         return pair("", min(length, self.window.window)) | sinks
 
 
-def remember_all(cache: Cache, layer: Any, new: dict[str, Array], context: Context) -> tuple[Cache, list[Array]]:
-    """Writes new keys and values to their columns; returns the cache, and those of all columns."""
-    cache = cache | {name: write(cache[name], layer, value, context.index) for name, value in new.items()}
+def by_head(x: Float[Array, "B T K H"]) -> Float[Array, "B K T H"]:
+    """Returns keys or values with heads before tokens; of those, with tokens before heads again."""
+    return x.swapaxes(1, 2)
+
+
+def remember_all(
+    cache: Cache, layer: Any, new: dict[str, Array], context: Context, axis: int = 1
+) -> tuple[Cache, list[Array]]:
+    """Writes new keys and values to their columns, along `axis`; returns the cache, and those of all columns."""
+    cache = cache | {name: write(cache[name], layer, value, context.index, axis) for name, value in new.items()}
     return cache, [read(cache[name], layer) for name in new]
 
 
@@ -127,21 +137,21 @@ def _remember_window(
     """
     index, tokens = context.index, context.tokens
     assert index is not None
-    size, length = cache["key"].shape[2], tokens.positions.shape[1]
+    size, length = cache["key"].shape[3], tokens.positions.shape[1]
     slots = jnp.arange(size)
     column = index - 1 - (index - 1 - slots) % size  # the last column before `index` at each place
     held = jax.tree.map(lambda x: jnp.take(x, jnp.maximum(column, 0), axis=1), context.columns)
     held = dataclasses.replace(held, segment_ids=jnp.where(column >= 0, held.segment_ids, 0))
-    parts, pieces = [held, tokens], {name: [read(cache[name], layer), value] for name, value in new.items()}
+    parts, pieces = [held, tokens], {name: [by_head(read(cache[name], layer)), value] for name, value in new.items()}
     if sinks:
         # A token that is a sink is seen in its own place alone.
         is_sink = (tokens.positions < sinks) & (tokens.segment_ids != 0)
         place = jnp.where(is_sink, tokens.positions, sinks)
         rows = jnp.arange(place.shape[0])[:, None]
         for name, value in new.items():
-            kept = read(cache[f"sink_{name}"], layer)
+            kept = by_head(read(cache[f"sink_{name}"], layer))
             kept = kept.at[rows, place].set(value.astype(kept.dtype), mode="drop")
-            cache = cache | {f"sink_{name}": write(cache[f"sink_{name}"], layer, kept)}
+            cache = cache | {f"sink_{name}": write(cache[f"sink_{name}"], layer, by_head(kept))}
             pieces[name].insert(0, kept)
         parts = [
             dataclasses.replace(part, segment_ids=jnp.where(part.positions < sinks, 0, part.segment_ids))
@@ -160,9 +170,9 @@ def _remember_window(
     at = (index + jnp.arange(length)[newest]) % size
     is_token = (tokens.segment_ids[:, newest] != 0)[:, :, None, None]
     for name, value in new.items():
-        kept = read(cache[name], layer)
+        kept = by_head(read(cache[name], layer))
         fresh = jnp.where(is_token, value[:, newest].astype(kept.dtype), kept[:, at])
-        cache = cache | {name: write(cache[name], layer, kept.at[:, at].set(fresh))}
+        cache = cache | {name: write(cache[name], layer, by_head(kept.at[:, at].set(fresh)))}
     keys = jax.tree.map(lambda *columns: jnp.concatenate(columns, axis=1), *parts)
     joined = [jnp.concatenate(values, axis=1) for values in pieces.values()]
     return cache, joined, dataclasses.replace(mask, key=keys, aligned=False)
@@ -177,12 +187,16 @@ class CrossAttention(Heads):
         memory = context.memory
         assert memory is not None
         query = split_heads(self.query(x), self.config.num_heads, "heads")
-        made = None if memory.hidden is None else self.keys_and_values(memory.hidden)
+        made = None
+        if memory.hidden is not None:
+            key, value = self.keys_and_values(memory.hidden)
+            made = by_head(key), by_head(value)
         cache, (key, value) = keep_memory(cache, layer, made)
+        key, value = by_head(key), by_head(value)
         mask = Mask(context.tokens, memory.tokens, causal=False, aligned=False)
         return self.attended(query, key, value, mask), cache
 
     def cache_specs(self, batch_size: int, length: int) -> dict[str, CacheSpec]:
         """Returns what is kept of the `length` columns that the encoder read."""
-        shape = (batch_size, length, self.config.kv_heads, self.config.head_dim)
+        shape = (batch_size, self.config.kv_heads, length, self.config.head_dim)
         return {name: CacheSpec(shape, KEY_AXES, self.config.compute_dtype) for name in ("key", "value")}

@@ -41,9 +41,9 @@ def read(array: jax.Array, layer: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
 
-def write(array: jax.Array, layer: Any, value: jax.Array, column: Any = None) -> jax.Array:
-    """Returns an array [L, B, ...] with `value` [B, ...] in one layer; with `column`, from that one [L, B, S, ...] on."""
-    starts = (layer, 0, *([0] * (value.ndim - 1))) if column is None else (layer, 0, column, *([0] * (value.ndim - 2)))
+def write(array: jax.Array, layer: Any, value: jax.Array, column: Any = 0, axis: int = 1) -> jax.Array:
+    """Returns an array [L, B, ...] with `value` [B, ...] in one layer, from a column on, which `value` has along `axis`."""
+    starts = (layer, *(column if place == axis else 0 for place in range(value.ndim)))
     return jax.lax.dynamic_update_slice(array, value[None].astype(array.dtype), starts)
 
 
