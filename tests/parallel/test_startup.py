@@ -11,7 +11,7 @@ import pytest
 from transformer.config import Config, ConfigError, replace
 from transformer.parallel import startup
 from transformer.parallel.processes import find_processes
-from transformer.parallel.xla_flags import GPU, merged, set_flags
+from transformer.parallel.xla_flags import GPU, TPU, merged, set_flags
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -111,6 +111,18 @@ def test_this_release_knows_the_flags() -> None:
     assert printed(program, JAX_PLATFORMS="cpu", XLA_FLAGS=flags) == ["1"]
     with pytest.raises(subprocess.CalledProcessError):
         printed(program, JAX_PLATFORMS="cpu", XLA_FLAGS=f"{flags} --xla_gpu_no_such_flag=1")
+
+
+def test_the_compiler_for_tpus_knows_its_flags() -> None:
+    pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed")
+    program = """
+from jax.experimental import topologies
+print(len(topologies.get_topology_desc(topology_name="v5e:2x2", platform="tpu").devices))
+"""
+    environ = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    assert printed(program, **environ, LIBTPU_INIT_ARGS=merged(TPU, "")) == ["4"]
+    with pytest.raises(subprocess.CalledProcessError):
+        printed(program, **environ, LIBTPU_INIT_ARGS="--xla_tpu_no_such_flag=true")
 
 
 def printed(program: str, **environ: str) -> list[str]:

@@ -10,11 +10,11 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -28,7 +28,9 @@ VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZ
 
 _hits: list[str] = []
 """An entry for each program that came from XLA's cache."""
-jax.monitoring.register_event_listener(lambda name, **_: _hits.append(name) if name.endswith("/cache_hits") else None)
+jax.monitoring.register_event_listener(
+    lambda event, **_: _hits.append(event) if event.endswith("/cache_hits") else None
+)
 
 
 def stored_program(config: Config, mesh: Mesh, arguments: Sequence[Any], compile_program: Callable[[], Any]) -> Any:
@@ -66,9 +68,9 @@ def _fingerprint(config: Config, mesh: Mesh, arguments: Sequence[Any]) -> str:
         (leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in jax.tree.leaves(arguments)
     ]
     facts += [(device.id, device.device_kind, device.process_index) for device in mesh.devices.flat]
-    facts += [jax.__version__, jaxlib.__version__, jax.process_count(), jax.process_index(), _code(), _processor()]
+    facts += [version("jax"), version("jaxlib"), jax.process_count(), jax.process_index(), _code(), _processor()]
     facts += [jax.devices()[0].client.platform_version, *(os.environ.get(name, "") for name in VARIABLES)]
-    facts += [jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64]
+    facts += [getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64")]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
