@@ -63,11 +63,8 @@ def test_precision_compares_with_float32_after_as_many_steps():
     # Of a seed that float32 was not trained with, nothing is known.
     assert "| int8 | 2.0100 | – | 0.050 | – |" in precision.report([found[0], outcome("int8", 2.01, 7)])
     precision.draw(found, figure := Figure())
-    assert [line.get_label() for line in figure.axes[0].lines if line.get_label()[0] != "_"] == [
-        "float32",
-        "int8",
-        "fp8",
-    ]
+    labels = [str(line.get_label()) for line in figure.axes[0].lines]
+    assert [label for label in labels if label[0] != "_"] == ["float32", "int8", "fp8"]
 
 
 def test_ablation_reports_spread_distance_and_what_diverged():
