@@ -84,6 +84,26 @@ def test_what_the_program_depends_on_makes_another(change: str, start: Any, monk
     assert start(**changes)[1] == 1
 
 
+@pytest.mark.parametrize("damage", ["cut short", "a byte", "empty", "not ours"])
+def test_a_damaged_file_is_compiled_anew(
+    damage: str, start: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start()
+    (path,) = (tmp_path / "cache" / "steps").iterdir()
+    content = path.read_bytes()
+    changed = {"cut short": content[: len(content) // 2], "a byte": content[:-1] + b"!", "not ours": b"text\n" * 3}
+    path.write_bytes(changed.get(damage, b""))
+    program, times = start()
+    assert times == 1 and "not loaded, so compiled: " in capsys.readouterr().err
+    assert program(jax.tree.map(jnp.copy, STATE), BATCH)[1] == {"a": 1, "b": 6}
+    assert start()[1] == 0, "the file was not written anew"
+
+
+def test_a_cache_that_cannot_be_written_to_is_no_mistake(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a directory should be")
+    assert start()[1] == 1
+
+
 def test_without_a_cache_nothing_is_written(start: Any, tmp_path: Path) -> None:
     for _ in range(2):
         assert start(compilation_cache_dir="")[1] == 1

@@ -4,11 +4,13 @@ XLA's cache is asked for a program only when it has been traced and lowered, whi
 and not in run directories, which people pass on, because to read such a file can run code.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -45,10 +47,10 @@ def stored_program(config: Config, mesh: Mesh, arguments: Sequence[Any], compile
     name = _fingerprint(config, mesh, arguments)
     path = Path(config.compilation_cache_dir).expanduser() / "steps" / name
     if path.exists():
-        names, _, payload = path.read_bytes().partition(b"\n")
-        results = (arguments[0], dict.fromkeys(json.loads(names), 0))
-        trees = [jax.tree.structure(tree) for tree in ((tuple(arguments), {}), results)]
-        return serialize_executable.deserialize_and_load(payload, *trees, execution_devices=list(mesh.devices.flat))
+        try:
+            return _loaded(path, mesh, arguments)
+        except Exception as error:  # cut short, or not to be read: whatever that raises, the step can be compiled
+            print(f"not loaded, so compiled: {path}: {error!r}", file=sys.stderr)
     before = len(_hits)
     program = compile_program()
     if len(_hits) == before:  # what XLA's cache has given lacks, on a CPU, the code that would have to be kept
@@ -57,8 +59,19 @@ def stored_program(config: Config, mesh: Mesh, arguments: Sequence[Any], compile
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
             return program  # not every backend can
         names = json.dumps(sorted(jax.tree.unflatten(tree, range(tree.num_leaves))[1])).encode()
-        write_atomically(path, names + b"\n" + payload)
+        digest = hashlib.sha256(payload).hexdigest().encode()
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is no reason to stop
+            write_atomically(path, names + b"\n" + digest + b"\n" + payload)
     return program
+
+
+def _loaded(path: Path, mesh: Mesh, arguments: Sequence[Any]) -> Any:
+    names, digest, payload = path.read_bytes().split(b"\n", 2)
+    if hashlib.sha256(payload).hexdigest().encode() != digest:
+        raise ValueError("damaged")
+    results = (arguments[0], dict.fromkeys(json.loads(names), 0))
+    trees = [jax.tree.structure(tree) for tree in ((tuple(arguments), {}), results)]
+    return serialize_executable.deserialize_and_load(payload, *trees, execution_devices=list(mesh.devices.flat))
 
 
 def _fingerprint(config: Config, mesh: Mesh, arguments: Sequence[Any]) -> str:
