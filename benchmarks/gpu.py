@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py --nanogpt ../nanoGPT --shakespeare input.txt
 
-It takes about half an hour on an H100 and needs PyTorch with CUDA beside JAX (`--python` names another one's). One after another:
+It needs a Python with PyTorch and CUDA (`--python`; none: this one). It has not been run yet. One after another:
 
-- the step of a model of a billion parameters in bfloat16 at 2,048 tokens, with MFU, and the same model of nanoGPT's beside it;
+- the step of a model of a billion parameters in bfloat16, eight texts of 2,048 tokens, with MFU; and with four texts beside
+  nanoGPT's of the same shape, for both have to fit;
 - the step of `shakespeare_char`, nanoGPT's beside it, and a whole run with its loss on all validation text (nanoGPT reports
   1.4697 after as many steps);
 - `transformer benchmark rnn` with PyTorch's LSTM, which is cuDNN's;
@@ -39,16 +40,26 @@ def commands(nanogpt: str, shakespeare: str, python: str, out: Path) -> dict[str
     def step(name: str, options: str) -> list[str]:
         return ["transformer", "benchmark", "step", *options.split(), "--json", str(out / f"{date}-step-{name}.json")]
 
-    run = str(out / "shakespeare_char-run")
+    run = str(ROOT / "runs" / "shakespeare_char-gpu")
     train = ["train.py", "--config", "shakespeare_char", "--data.path", shakespeare, "--workdir", run]
     return {
         "the step of a billion parameters": step("1b", ONE_BILLION),
-        "the same beside nanoGPT": ["benchmarks/peers.py", "1B", *peer],
+        "with four texts beside nanoGPT": ["benchmarks/peers.py", "1B", *peer],
         "the step of shakespeare_char beside nanoGPT": ["benchmarks/peers.py", "shakespeare_char", *peer],
         "a run of shakespeare_char": [*train, "--model.compute-dtype", "bfloat16"],
-        "its loss": ["transformer", "evaluate", "--workdir", run],
+        "its loss": ["transformer", "evaluate", "--workdir", run, "--json"],
         "recurrent networks and attention": [
-            *("transformer", "benchmark", "rnn", "--pytorch", "--memory", "70", "--model.compute-dtype", "bfloat16"),
+            *(
+                "transformer",
+                "benchmark",
+                "rnn",
+                "--pytorch",
+                python,
+                "--memory",
+                "70",
+                "--model.compute-dtype",
+                "bfloat16",
+            ),
             *("--output", str(ROOT / "docs" / "studies" / "parallelism" / "gpu")),
         ],
         "the step of llama_1b": step("llama_1b", LLAMA),
@@ -67,7 +78,9 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []
-    asked = commands(options.nanogpt, options.shakespeare, options.python, options.out)
+    out = options.out.resolve()
+    files = [str(Path(path).resolve()) for path in (options.nanogpt, options.shakespeare)]
+    asked = commands(*files, options.python, out)
     for title, (first, *arguments) in asked.items():
         if options.only not in title:
             continue
@@ -78,8 +91,13 @@ def main() -> int:
             )
         else:
             command, environment = [sys.executable, str(ROOT / first), *arguments], None
-        if subprocess.run(command, env=environment, cwd=ROOT).returncode:
+        pipe = subprocess.PIPE if "evaluate" in command else None
+        done = subprocess.run(command, env=environment, cwd=ROOT, stdout=pipe, text=True)
+        if done.returncode:
             failed.append(title)
+        elif pipe:
+            print(done.stdout)
+            (out / f"{datetime.date.today().isoformat()}-shakespeare_char-gpu.json").write_text(done.stdout)
     print(f"\nfailed: {', '.join(failed) or 'nothing'}")
     return 1 if failed else 0
 

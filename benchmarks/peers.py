@@ -10,7 +10,8 @@ runs with the options that are printed. All train a decoder of the same shape wi
 float32 on the CPU, or in bfloat16 on a GPU, where nanoGPT is compiled and uses its fused AdamW and flash attention. Medians, quartiles and the ratio of each round go to benchmarks/results/, and with them what kinds of operations
 the time of a step goes to, from a trace of a few steps after the measurement, summed over threads.
 
-- `nanogpt` (github.com/karpathy/nanoGPT): its GPT and optimizer in PyTorch, eager, as its train.py steps.
+- `nanogpt` (github.com/karpathy/nanoGPT): its GPT and optimizer in PyTorch, eager, as its train.py steps. With dropout it
+  drops attention weights too, which we do not.
 - `nanodo` (github.com/google-deepmind/nanodo): its model, state and Trainer; its statistics of every tensor are off.
 - `lm1b` (github.com/google/flax, examples/lm1b): its model, state and train_step, without dropout.
 
@@ -105,6 +106,7 @@ def our_step(shape: Shape, checkout: str) -> Step:
 
     from transformer.benchmarks.program import make_program
 
+    assert jax.default_backend() == ("gpu" if shape.gpu else "cpu"), "JAX sees other devices than the shape is for"
     program = make_program(config)
     found = program.config.model
     assert (found.num_layers, found.width, found.num_heads) == (shape.layers, shape.width, shape.heads)
@@ -361,9 +363,10 @@ class Arm:
 def measure(arms: list[Arm], shape: Shape, num_rounds: int, num_steps: int, num_warmup_steps: int) -> None:
     expected = math.log(shape.vocabulary)
     for arm in arms:
-        loss = arm.run(num_warmup_steps)["loss"]
+        loss = arm.run(1)["loss"]
         # Ids drawn evenly cannot be learned: each system must sit near log V, or it does other work than it says.
         assert abs(loss - expected) < 1, f"{arm.name}: loss {loss} on random ids, expected {expected}"
+        arm.run(num_warmup_steps)
     for number in range(num_rounds):
         # Each round begins with another system, so that none is always the one after a pause.
         first = number % len(arms)

@@ -45,8 +45,8 @@ class Options:
     """GiB that a step may need."""
     rounds: int = 3
     """Steps that are timed."""
-    pytorch: bool = False
-    """Time an LSTM of PyTorch's as well, first and in a process of its own: on a GPU that is cuDNN's."""
+    pytorch: str = ""
+    """A Python that has PyTorch, whose LSTM is then timed as well, in a process of its own: on a GPU that is cuDNN's."""
     output: str = ""
     """Directory for result.json, report.md and plot.png; empty: the report is printed."""
     json_file: JsonFile = ""
@@ -92,6 +92,8 @@ def run(options: Options) -> int:
 def _problem(options: Options) -> str | None:
     if options.rounds < 1 or not options.lengths or min(options.lengths) < 1:
         return "--rounds and --lengths must be at least 1"
+    if not options.mixers or options.memory <= 0:
+        return "--mixers needs at least one, and --memory more than 0"
     if unknown := [name for name in options.mixers if name not in get_args(Mixer)]:
         return f"--mixers = {unknown[0]!r}: must be of {', '.join(get_args(Mixer))}"
     if options.pytorch and "lstm" not in options.mixers:
@@ -105,6 +107,7 @@ def measure(options: Options, length: int) -> list[Cell]:
     """Compiles the step of every mixer for one length, and times in turn those that fit."""
     from transformer.benchmarks.products import longest_chain, work_of_products
     from transformer.benchmarks.program import make_program
+    from transformer.models import flops
 
     programs, found = {}, {}
     for mixer in options.mixers:
@@ -117,9 +120,14 @@ def measure(options: Options, length: int) -> list[Cell]:
             defined = replace(config, model={"attention_implementation": "reference"})
             chain = make_program(defined).compiled.as_text()
         work = work_of_products(text)
+        # cuDNN's attention is one call: two products forward and five back, of the causal half.
+        scores = flops.forward_flops(program.config.model, length)["attention_scores_causal"]
+        hidden = options.tokens // length * scores * 7 // 2 if "__cudnn$fmha" in text else 0
         peak = program.memory["peak"]
         print(f"compiled {mixer}, {length} tokens: {peak / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
-        cell = Cell(mixer, length, program.num_parameters, (), peak, work.flops, work.bytes, longest_chain(chain))
+        cell = Cell(
+            mixer, length, program.num_parameters, (), peak, work.flops + hidden, work.bytes, longest_chain(chain)
+        )
         found[mixer] = cell
         if peak <= options.memory * 2**30:
             programs[mixer] = program
@@ -138,7 +146,7 @@ def pytorch(options: Options) -> "dict[int, torch_lstm.Run]":
         return torch_lstm.Shape.of(resolve(config, vocabulary.without_data(config)))
 
     shapes = [shape(length) for length in options.lengths]
-    return dict(zip(options.lengths, torch_lstm.measure(shapes, options.rounds), strict=True))
+    return dict(zip(options.lengths, torch_lstm.measure(shapes, options.rounds, options.pytorch), strict=True))
 
 
 def with_mixer(config: Config, mixer: str, length: int, rows: int) -> Config:

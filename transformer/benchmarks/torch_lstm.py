@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformer.benchmarks.measure import own_process
-from transformer.config import Config, ConfigError
+if TYPE_CHECKING:
+    from transformer.config import Config
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Shape:
     dtype: str
 
     @classmethod
-    def of(cls, config: Config) -> "Shape":
+    def of(cls, config: "Config") -> "Shape":
         model = config.model
         assert model.vocab_size is not None and model.feedforward_width is not None, "resolved"
         return cls(
@@ -52,13 +52,20 @@ class Run:
     loss: float
 
 
-def measure(shapes: Sequence[Shape], rounds: int) -> list[Run]:
-    """Times training steps of each shape. Raises ConfigError where there is no PyTorch."""
-    command, environment = own_process("from transformer.benchmarks.torch_lstm import child; child()")
+def measure(shapes: Sequence[Shape], rounds: int, python: str) -> list[Run]:
+    """Times training steps of each shape. Raises ConfigError where `python` has no PyTorch, or is none."""
+    # Here, for the Python that runs `child` need not have what they need.
+    from transformer.benchmarks.measure import own_process
+    from transformer.config import ConfigError
+
+    (_, *command), environment = own_process("from transformer.benchmarks.torch_lstm import child; child()")
     asked = json.dumps({"shapes": [asdict(shape) for shape in shapes], "rounds": rounds})
-    done = subprocess.run(command, env=environment, input=asked, capture_output=True, text=True)
+    try:
+        done = subprocess.run([python, *command], env=environment, input=asked, capture_output=True, text=True)
+    except OSError as error:
+        raise ConfigError(f"--pytorch = {python!r}: {error.strerror}") from error
     if "No module named 'torch'" in done.stderr:
-        raise ConfigError("--pytorch needs the package torch (pip install torch)")
+        raise ConfigError(f"--pytorch = {python!r}: this Python has no package torch (pip install torch)")
     if done.returncode:
         raise RuntimeError(f"PyTorch's process ended with status {done.returncode}: {done.stderr[-2000:]}")
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -80,17 +87,25 @@ def _run(shape: Shape, rounds: int) -> Run:
     # What JAX does by default with products of float32 on a GPU.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
+    dtype = getattr(torch, shape.dtype)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.mixer_norm, self.norm = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
-            self.mixer = nn.LSTM(shape.width, shape.width, batch_first=True)
+            # All of it in one type: autocast would take cuDNN's in float16.
+            self.mixer = nn.LSTM(shape.width, shape.width, batch_first=True, dtype=dtype)
             self.up, self.down = (
                 nn.Linear(*sizes, bias=False) for sizes in ((shape.width, shape.hidden), (shape.hidden, shape.width))
             )
 
         def forward(self, x: Any) -> Any:
-            x = x + self.mixer(self.mixer_norm(x))[0]
+            y = self.mixer_norm(x)
+            with torch.autocast(device, enabled=False):
+                x = x + self.mixer(y.to(dtype))[0]
             return x + self.down(nn.functional.gelu(self.up(self.norm(x)), approximate="tanh"))
 
     class Model(nn.Module):

@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from transformer.config import Config, to_json, write_atomically
 PACKAGE = Path(__file__).parents[1]
 SECTIONS = ("model", "objective", "optimizer", "train", "parallel", "seed")
 """What of the configuration a step depends on, besides the shapes of its arguments."""
+SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
 LENGTHS = ("sequence_length", "source_length", "window_length")
-VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_DEFAULT_MATMUL_PRECISION")
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS", "NVIDIA_TF32_OVERRIDE")
 
 _hits: list[str] = []
 """An entry for each program that came from XLA's cache."""
@@ -40,7 +41,7 @@ def stored_program(config: Config, mesh: Mesh, arguments: Sequence[Any], compile
 
     It runs on the devices of `mesh`, takes `arguments` (a state and a batch), and returns a new state and a dictionary of
     metrics. Without a compilation cache nothing is read or written. Whatever the program depends on makes another:
-    configuration, our code, JAX, devices, flags.
+    configuration, our code, the packages that are installed, devices, flags.
     """
     if not config.compilation_cache_dir:
         return compile_program()
@@ -51,6 +52,8 @@ def stored_program(config: Config, mesh: Mesh, arguments: Sequence[Any], compile
             return _loaded(path, mesh, arguments)
         except Exception as error:  # cut short, or not to be read: whatever that raises, the step can be compiled
             print(f"not loaded, so compiled: {path}: {error!r}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                path.unlink()
     before = len(_hits)
     program = compile_program()
     if len(_hits) == before:  # what XLA's cache has given lacks, on a CPU, the code that would have to be kept
@@ -81,9 +84,10 @@ def _fingerprint(config: Config, mesh: Mesh, arguments: Sequence[Any]) -> str:
         (leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in jax.tree.leaves(arguments)
     ]
     facts += [(device.id, device.device_kind, device.process_index) for device in mesh.devices.flat]
-    facts += [version("jax"), version("jaxlib"), jax.process_count(), jax.process_index(), _code(), _processor()]
+    facts += [sorted((found.name, found.version) for found in distributions()), _code(), _processor()]
+    facts += [jax.process_count(), jax.process_index()]
     facts += [jax.devices()[0].client.platform_version, *(os.environ.get(name, "") for name in VARIABLES)]
-    facts += [getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64")]
+    facts += [getattr(jax.config, name) for name in SETTINGS]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -278,7 +278,8 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
     if optimizer.name == "sgd" and config.model.parametrization == "mup":
         yield f"{name} has no learning rates that follow the width: model.parametrization = 'mup' needs another"
     if config.parallel.offload_optimizer and (optimizer.ema_decay or optimizer.name == "schedule_free"):
-        yield f"parallel.offload_optimizer = True: {name} keeps the average that is evaluated; no ema_decay, no schedule_free"
+        average = name if optimizer.name == "schedule_free" else f"optimizer.ema_decay = {optimizer.ema_decay}"
+        yield f"parallel.offload_optimizer = True: {average} keeps an average that is evaluated on the devices"
     if optimizer.name != "schedule_free":
         return
     if optimizer.schedule != "constant":
