@@ -14,7 +14,7 @@ from transformer.benchmarks import program, roofline
 from transformer.benchmarks.measure import Measurement, Result
 from transformer.benchmarks.program import Program, made_up, make_program
 from transformer.checkpointing.run import resolve
-from transformer.config import Config, replace
+from transformer.config import Config, ConfigError, replace
 from transformer.models import flops
 from transformer.objectives import OBJECTIVES, objective_of, with_window
 from transformer.parallel import startup
@@ -166,3 +166,12 @@ def test_the_lower_ceiling_is_the_one_that_counts(bandwidth: float, bound: str) 
     told = roofline.text_of(Result("roofline", {"compute_dtype": "float32"}, machine, found, facts))
     share = 1e10 / min(1e12, 10 * bandwidth)
     assert f"its ceiling is that of {bound}, " in told and f"of which it reaches {share:.0%}" in told
+
+
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--profile = .*Not a directory"):
+        cli.run(["benchmark", "step", *FLAGS, "--profile", str(tmp_path / "file" / "trace")])
+    assert "compiled" not in capsys.readouterr().out

@@ -41,6 +41,11 @@ class Options:
 def run(options: Options) -> int:
     if options.rounds < 1 or options.warmup < 0:
         raise ConfigError(f"--rounds = {options.rounds} and --warmup = {options.warmup}: at least 1, and at least 0")
+    if options.profile:
+        try:
+            Path(options.profile).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--profile = {options.profile!r}: {error.strerror}") from error
     from transformer.parallel import startup
 
     startup.start(options.config)
