@@ -79,8 +79,8 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     failed = []
     out = options.out.resolve()
-    files = [str(Path(path).resolve()) for path in (options.nanogpt, options.shakespeare)]
-    asked = commands(*files, options.python, out)
+    nanogpt, shakespeare = (str(Path(path).resolve()) for path in (options.nanogpt, options.shakespeare))
+    asked = commands(nanogpt, shakespeare, options.python, out)
     for title, (first, *arguments) in asked.items():
         if options.only not in title:
             continue

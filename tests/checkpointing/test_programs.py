@@ -160,9 +160,9 @@ def test_a_run_that_goes_on_does_not_compile_its_step(
     monkeypatch.setattr(programs, "_hits", Never())
     # A cache of its own, and no program in it that was not compiled for it.
     monkeypatch.setattr(loop, "compile_step", lambda *args: uncached(compile_step, *args))
-    config = make_run(compilation_cache_dir=str(tmp_path / "programs"))
+    config = make_run(train={"num_steps": 6}, compilation_cache_dir=str(tmp_path / "programs"))
     assert loop.run(config, tmp_path / "whole") == 0
-    signal_after(5, signal.SIGTERM)
+    signal_after(3, signal.SIGTERM)
     assert loop.run(config, tmp_path / "resumed") == 143
     capsys.readouterr()
 
