@@ -7,8 +7,9 @@
 A peer is its name, its checkout and a Python that has its requirements. Every system steps in a process of its own, when this
 one tells it to, in turn, so that a change in the machine's load strikes all alike. Ours is what `transformer benchmark step`
 runs with the options that are printed. All train a decoder of the same shape with AdamW, on ids that are drawn evenly, in
-float32 on the CPU, or in bfloat16 on a GPU, where nanoGPT is compiled and uses its fused AdamW and flash attention. Medians, quartiles and the ratio of each round go to benchmarks/results/, and with them what kinds of operations
-the time of a step goes to, from a trace of a few steps after the measurement, summed over threads.
+float32 on the CPU, or in bfloat16 on a GPU, where nanoGPT is compiled and uses its fused AdamW and flash attention. Medians,
+quartiles and the ratio of each round go to benchmarks/results/, and with them, on the CPU, what kinds of operations a step's time
+goes to, from a trace of a few steps after the measurement, summed over threads. Peers' Pythons have nothing of ours.
 
 - `nanogpt` (github.com/karpathy/nanoGPT): its GPT and optimizer in PyTorch, eager, as its train.py steps. With dropout it
   drops attention weights too, which we do not.
@@ -422,7 +423,8 @@ def report(arms: list[Arm], name: str, machine: dict[str, Any], command: str) ->
     text = f"""# Training step against others, shape {name}, {date}
 
 {shape.layers} layers, width {shape.width}, {shape.heads} heads, context {shape.context}, batch {shape.batch}, vocabulary \
-{shape.vocabulary:,}, {"bfloat16" if shape.gpu else "float32"}, AdamW; {arms[0].facts["device"]}, {machine["processor"]}, {machine["cores"]} cores, load {machine["load_at_start"]} at
+{shape.vocabulary:,}, {"bfloat16" if shape.gpu else "float32"}, AdamW; {arms[0].facts["device"]}, {machine["processor"]}, \
+{machine["cores"]} cores, load {machine["load_at_start"]} at
 the start; {len(arms[0].seconds)} rounds of {len(arms[0].seconds[0])} steps in turn, one process a system. Median (quartiles).
 
 {table(header, rows)}

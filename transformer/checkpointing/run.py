@@ -31,7 +31,10 @@ from transformer.objectives import objective_of
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 
 MAY_CHANGE = (
-    *(f"model.{name}" for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "dropout")),
+    *(
+        f"model.{name}"
+        for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "matrix_products", "dropout")
+    ),
     *("model.balance_loss", "model.router_z_loss"),
     *("objective.z_loss", "objective.label_smoothing", "objective.future_weight"),
 )
