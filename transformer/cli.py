@@ -243,16 +243,14 @@ def describe_config(config: Config) -> dict[str, Any]:
     from jax.sharding import AbstractMesh
 
     from transformer.checkpointing.run import for_platform, resolve
-    from transformer.config import mesh_axes
+    from transformer.config import MESH_AXES, mesh_axes
     from transformer.models import flops, parameters
     from transformer.models.transformer import Transformer
     from transformer.objectives import vocabulary
     from transformer.optimizers import make_optimizer
     from transformer.training.state import abstract_state, state_shardings
 
-    fixed = math.prod(
-        size for size in (config.parallel.replica, config.parallel.fsdp, config.parallel.tensor) if size > 0
-    )
+    fixed = math.prod(size for axis in MESH_AXES if (size := getattr(config.parallel, axis)) > 0)
     num_devices = config.parallel.cpu_devices or fixed
     if problems := mesh_problems(config, num_devices):
         raise ConfigError(problems)

@@ -210,7 +210,7 @@ def test_what_is_allowed(changes: dict[str, Any]) -> None:
         (
             {"parallel.fsdp": 8, "train.num_microbatches": 4},
             "train.batch_size / train.num_microbatches = 4 is not divisible by the 8 data-parallel devices "
-            "(parallel.replica x parallel.fsdp)",
+            "(parallel.replica x parallel.fsdp x parallel.expert)",
         ),
         ({"parallel.tensor": -1}, "parallel.fsdp = parallel.tensor = -1: only one axis can be what the others leave"),
     ],
@@ -293,7 +293,7 @@ def test_mesh_axes(axes: dict[str, int], devices: int, expected: dict[str, int])
     config = replace(Config(), parallel=axes)
     assert mesh_problems(config, devices) == []
     sizes = mesh_axes(config, devices)
-    assert list(sizes) == ["replica", "fsdp", "expert", "context", "tensor", "stage"]
+    assert list(sizes) == ["replica", "stage", "fsdp", "expert", "context", "tensor"]
     assert {name: size for name, size in sizes.items() if size > 1} == expected
 
 

@@ -14,6 +14,7 @@ from transformer.config.model import (
 )
 from transformer.config.schema import (
     BYTE_VOCAB_SIZE,
+    DATA_AXES,
     MESH_AXES,
     OBJECTIVE_DATA,
     CheckpointConfig,

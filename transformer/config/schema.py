@@ -20,8 +20,10 @@ from transformer.config.model import ModelConfig
 BYTE_VOCAB_SIZE = 4 + 256
 """Tokens of raw bytes: the special ones, and one for each byte."""
 
-MESH_AXES = ("replica", "fsdp", "expert", "context", "tensor", "stage")
+MESH_AXES = ("replica", "stage", "fsdp", "expert", "context", "tensor")
 """The axes of the one device mesh, outermost (slowest links) first."""
+DATA_AXES = ("replica", "fsdp", "expert")
+"""Those that the batch is split over."""
 
 DataKind = Literal["text", "pairs", "labelled"]
 
@@ -251,8 +253,14 @@ class ParallelConfig:
     """Data-parallel copies of the parameters (slices of a pod, over slow links)."""
     fsdp: int = -1
     """Data parallelism with parameters and optimizer state split (ZeRO-3)."""
+    expert: int = 1
+    """Experts split; the batch is split over this axis too, and tokens travel to their experts and back."""
+    context: int = 1
+    """The length of every text split."""
     tensor: int = 1
     """Heads, MLP and vocabulary split within each layer (Megatron)."""
+    stage: int = 1
+    """Layers split, one after another: a pipeline through which microbatches pass."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments in the host's memory: less on each device, and a transfer both ways in every step."""
     cpu_devices: int = 0

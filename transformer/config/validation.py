@@ -8,6 +8,8 @@ from typing import get_args
 
 from transformer.config.model import RECURRENT, FeedForwardKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
+    DATA_AXES,
+    MESH_AXES,
     Config,
     ConfigError,
     DataConfig,
@@ -37,10 +39,9 @@ _SHARES = (
     "objective.label_smoothing objective.mask_rate objective.middle_rate objective.suffix_first_rate model.rotary_share"
 ).split()
 _MAY_BE_ONE = ("optimizer.final_ratio", "objective.middle_rate", "objective.suffix_first_rate", "model.rotary_share")
-_LEAST_OR_MINUS_ONE = {"parallel.replica": 1, "parallel.fsdp": 1, "parallel.tensor": 1, "parallel.process_id": 0}
+_LEAST_OR_MINUS_ONE = {**{f"parallel.{axis}": 1 for axis in MESH_AXES}, "parallel.process_id": 0}
 _LARGEST = {"seed": 2**32 - 1, "train.num_steps": 2**31 - 1, "train.batch_size": 2**24}
 _LARGEST |= {"data.sequence_length": 2**24, "model.width": 2**20, "model.num_layers": 2**14}
-_AXIS_KEYS = ("replica", "fsdp", "tensor")
 
 
 def problems_of(config: Config, platform: str | None = None) -> list[str]:
@@ -255,9 +256,9 @@ def _run_problems(config: Config) -> Iterator[str]:
     if train.num_microbatches > 0 and train.batch_size % train.num_microbatches:
         parts = f"train.num_microbatches = {train.num_microbatches}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"
-    elif min(parallel.replica, parallel.fsdp, train.num_microbatches) > 0:
-        yield from _batch_problems(config, parallel.replica * parallel.fsdp)
-    free = [f"parallel.{name}" for name in _AXIS_KEYS if getattr(parallel, name) == -1]
+    elif min(shards := [getattr(parallel, axis) for axis in DATA_AXES]) > 0 and train.num_microbatches > 0:
+        yield from _batch_problems(config, math.prod(shards))
+    free = [f"parallel.{name}" for name in MESH_AXES if getattr(parallel, name) == -1]
     if len(free) > 1:
         yield f"{' = '.join(free)} = -1: only one axis can be what the others leave"
     if parallel.coordinator and not re.fullmatch(r".+:\d+", parallel.coordinator):
@@ -293,7 +294,7 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
 
 def mesh_problems(config: Config, num_devices: int) -> list[str]:
     """Returns what is wrong between the mesh, the batch and the number of devices."""
-    axes = {name: getattr(config.parallel, name) for name in _AXIS_KEYS}
+    axes = {name: getattr(config.parallel, name) for name in MESH_AXES}
     fixed = math.prod(size for size in axes.values() if size != -1)
     wanted = " x ".join(f"parallel.{name} = {size}" for name, size in axes.items())
     free = -1 in axes.values()
@@ -301,14 +302,15 @@ def mesh_problems(config: Config, num_devices: int) -> list[str]:
         devices = f"{num_devices} device{'s' * (num_devices != 1)}"
         return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
     sizes = mesh_axes(config, num_devices)
-    return _batch_problems(config, sizes["replica"] * sizes["fsdp"])
+    return _batch_problems(config, math.prod(sizes[axis] for axis in DATA_AXES))
 
 
 def _batch_problems(config: Config, shards: int) -> list[str]:
     batches = {"train.batch_size / train.num_microbatches": config.train.batch_size // config.train.num_microbatches}
     if config.evaluation.batch_size is not None:
         batches["evaluation.batch_size"] = config.evaluation.batch_size
-    devices = f"the {shards} data-parallel devices (parallel.replica x parallel.fsdp)"
+    axes = " x ".join(f"parallel.{axis}" for axis in DATA_AXES)
+    devices = f"the {shards} data-parallel devices ({axes})"
     return [f"{key} = {size} is not divisible by {devices}" for key, size in batches.items() if size % shards]
 
 

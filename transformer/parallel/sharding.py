@@ -13,19 +13,19 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.config import MESH_AXES, Config, mesh_axes, validate
+from transformer.config import DATA_AXES, MESH_AXES, Config, mesh_axes, validate
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # Activations.
-    "batch": ("replica", "fsdp"),
-    "length": (),
+    "batch": DATA_AXES,
+    "length": ("context",),
     "hidden": (),
     # Parameters: `fsdp` splits what `tensor` leaves whole, so that every large array is split by both.
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "state": (),
     "positions": (),
-    "layers": (),
+    "layers": ("stage",),
     "norm": (),
     # Both: split inside a layer (Shoeybi et al. 2019, arXiv:1909.08053).
     "heads": ("tensor",),
