@@ -20,7 +20,7 @@ from transformer import cli
 from transformer import config as configuration
 from transformer.arguments import exit_status
 from transformer.config import Config, get, keys, replace, to_json
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer
 from transformer.parallel import startup
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.loading import load_parameters
 from transformer.checkpointing.run import Run, _absolute, contradictions, for_platform, load_run, locked
 from transformer.config import CheckpointConfig, Config, ConfigError, from_json, replace, to_json
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer
 from transformer.models.parameters import map_specs, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.parallel.sharding import make_mesh

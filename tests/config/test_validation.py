@@ -269,7 +269,7 @@ def test_what_follows_from_an_impossible_value_is_not_told_too(changes: dict[str
 
 
 def test_the_vocabulary_is_known_without_the_data_where_it_can_be() -> None:
-    from transformer.data.tokenizers import ByteTokenizer
+    from transformer.data.plain_tokenizers import ByteTokenizer
 
     assert known_vocab_size(DataConfig()) == DataConfig().tokenizer_vocab_size
     assert known_vocab_size(DataConfig(tokenizer="bytes")) == ByteTokenizer().vocab_size

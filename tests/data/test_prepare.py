@@ -11,11 +11,12 @@ from preparing import contents, finish, kill_twice, start
 from transformer.config import Config, ConfigError, replace
 from transformer.data import prepare as preparing
 from transformer.data.division import split_texts
+from transformer.data.plain_tokenizers import CharacterTokenizer
 from transformer.data.prepare import prepare
 from transformer.data.prepared import prepare_apart
 from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transformer.data.shards import Split
-from transformer.data.tokenizers import BOS, EOS, NUM_SPECIAL, CharacterTokenizer
+from transformer.data.tokenizers import BOS, EOS, NUM_SPECIAL
 
 MakeConfig = Callable[..., Config]
 RandomText = Callable[[int, int], str]

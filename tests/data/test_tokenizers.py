@@ -11,17 +11,9 @@ from transformer.config import ConfigError
 from transformer.data import sentencepiece_tokenizer
 from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transformer.data.new_tokenizer import read_tokenizer, train_sentencepiece
+from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from transformer.data.tokenizers import (
-    BOS,
-    EOS,
-    PAD,
-    UNK,
-    ByteTokenizer,
-    CharacterTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, load_tokenizer
 
 HARD = [
     "",

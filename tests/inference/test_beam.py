@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import ENDLESS, all_texts, build, log_softmax, uncached_logits
 
-from transformer.data.tokenizers import BOS, EOS, CharacterTokenizer
+from transformer.data.plain_tokenizers import CharacterTokenizer
+from transformer.data.tokenizers import BOS, EOS
 from transformer.inference.beam import beam_search, length_penalty
 from transformer.inference.generate import generate
 from transformer.inference.sampling import Sampling

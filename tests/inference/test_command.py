@@ -16,7 +16,8 @@ from transformer.arguments import exit_status
 from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.run import CHECKPOINTS
 from transformer.config import CheckpointConfig, Config, replace, to_json
-from transformer.data.tokenizers import ByteTokenizer, Tokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer
+from transformer.data.tokenizers import Tokenizer
 from transformer.inference.beam import beam_search
 from transformer.inference.generate import generate
 from transformer.inference.sampling import Sampling

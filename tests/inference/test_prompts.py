@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, ConfigError, ModelConfig, replace
-from transformer.data.tokenizers import BOS, EOS, ByteTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer
+from transformer.data.tokenizers import BOS, EOS
 from transformer.inference.prompts import (
     batches_by_length,
     bucket,

@@ -10,7 +10,8 @@ import scipy.stats
 from tiny import ENDLESS, TOKENIZER, all_texts, build
 
 from transformer.config import ConfigError
-from transformer.data.tokenizers import EOS, ByteTokenizer, CharacterTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
+from transformer.data.tokenizers import EOS
 from transformer.inference.generate import generate
 from transformer.inference.sampling import Sampling
 from transformer.inference.speculative import check_draft, judge, speculate

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from transformer.data.tokenizers import BOS, EOS, ByteTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer
+from transformer.data.tokenizers import BOS, EOS
 from transformer.inference.text import Text
 
 TOKENIZER = ByteTokenizer()

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.config import ModelConfig
-from transformer.data.tokenizers import BOS, PAD, CharacterTokenizer, Tokenizer
+from transformer.data.plain_tokenizers import CharacterTokenizer
+from transformer.data.tokenizers import BOS, PAD, Tokenizer
 from transformer.models.parameters import ParameterSpec, Tree, map_specs, parameter_specs
 from transformer.models.transformer import Transformer, apply
 

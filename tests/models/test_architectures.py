@@ -13,7 +13,7 @@ from transformer.config import ModelConfig
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context
 from transformer.models.parameters import bind, init_parameters
-from transformer.models.positions import rotary_angles
+from transformer.models.rotary import rotary_angles
 from transformer.models.transformer import Transformer, apply, empty_cache
 
 LENGTH = 14

@@ -17,7 +17,7 @@ from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, make_mixer
 from transformer.models.parameters import abstract_parameters, bind, init_parameters
 from transformer.models.performer import projections
-from transformer.models.positions import rotary_angles
+from transformer.models.rotary import rotary_angles
 
 CONFIG = ModelConfig(
     vocab_size=50,

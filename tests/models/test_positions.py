@@ -11,7 +11,8 @@ import pytest
 from transformer.config import ModelConfig
 from transformer.models.biases import RelativeBuckets, alibi_slopes
 from transformer.models.patterns import Pattern
-from transformer.models.positions import rotary_angles, rotary_frequencies, rotate, sinusoidal_positions
+from transformer.models.positions import sinusoidal_positions
+from transformer.models.rotary import rotary_angles, rotary_frequencies, rotate
 
 RNG = np.random.default_rng(0)
 

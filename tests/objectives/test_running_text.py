@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, ConfigError, problems_of, replace
-from transformer.data.tokenizers import ByteTokenizer, CharacterTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import Transformer
 from transformer.objectives import OBJECTIVES, objective_of, span_corruption, with_window

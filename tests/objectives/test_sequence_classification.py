@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from transformer.config import Config, replace
-from transformer.data.tokenizers import ByteTokenizer
+from transformer.data.plain_tokenizers import ByteTokenizer
 from transformer.objectives import objective_of
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformer.config import Config, replace
 from transformer.models.parameters import ParameterSpec, zeros
 from transformer.optimizers import evaluated, is_averaged, make_optimizer, replace_average
-from transformer.optimizers.averaging import moving_average
+from transformer.optimizers.moving_average import moving_average
 
 SPECS = {
     "kernel": ParameterSpec((2, 3), ("embed", "mlp"), zeros, "matrix"),

@@ -167,7 +167,7 @@ def test_time_left_leaves_out_the_compilation(replace_stdout, monkeypatch):
     seen = []
     for step in (1, 2, 4):
         shown.update(record(step))
-        seen.append(shown._time_left)
+        seen += [fact for fact in shown._bar._shown[1] if fact.endswith(" left")]
     # 2 s a step for 2003 steps, then 10/3 s a step for 2001.
     assert seen == ["-:--:-- left", "1:06:46 left", "1:51:10 left"]
 

@@ -125,7 +125,7 @@ def layer(config: Config, name: str, size: int, length: int) -> Call:
     from transformer.models.masks import Tokens
     from transformer.models.mixers import Context, make_mixer
     from transformer.models.parameters import bind, init_parameters
-    from transformer.models.positions import rotary_angles
+    from transformer.models.rotary import rotary_angles
 
     model = config.model
     mixer = make_mixer(model, LayerKind(name), model.num_layers)

@@ -48,3 +48,7 @@ class HuggingFaceTokenizer:
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.json", self._content)
         save_config(directory, kind="huggingface")
+
+    @classmethod
+    def load(cls, directory: Path) -> "HuggingFaceTokenizer":
+        return cls((directory / "tokenizer.json").read_text(), str(directory))

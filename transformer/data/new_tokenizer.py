@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformer.config import ConfigError
+from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer
 from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, huggingface_tokenizer, load_tokenizer
+from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, load_tokenizer
 
 
 def read_tokenizer(kind: str, name: str) -> Tokenizer:
@@ -18,7 +19,7 @@ def read_tokenizer(kind: str, name: str) -> Tokenizer:
     if not path.is_file():
         raise ConfigError(f"data.tokenizer_path = {name!r} does not exist")
     if kind == "huggingface":
-        return huggingface_tokenizer(path.read_bytes().decode(errors="replace"), name)
+        return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name)
     return SentencePieceTokenizer(path.read_bytes(), name)
 
 

@@ -18,7 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from transformer.config import Config, ConfigError, from_json, window_length, write_atomically
-from transformer.data import division, files, new_tokenizer, packing, shards, sources, tokenizers, writing
+from transformer.data import (
+    division,
+    files,
+    new_tokenizer,
+    packing,
+    plain_tokenizers,
+    shards,
+    sources,
+    tokenizers,
+    writing,
+)
 from transformer.data.division import FORMAT, Division, Portion
 from transformer.data.forms import Form, form_of
 from transformer.data.packing import Labels
@@ -120,7 +130,7 @@ def _tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) -> t
 def _new_tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) -> Tokenizer:
     kind, size = config.data.tokenizer, config.data.tokenizer_vocab_size
     if kind == "bytes":
-        return tokenizers.ByteTokenizer()
+        return plain_tokenizers.ByteTokenizer()
     form, divisions = form_of(config), [division.divide(config, corpus, workers) for corpus in corpora]
     if kind == "characters":
         alphabets = []
@@ -128,7 +138,7 @@ def _new_tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) 
             tasks = [(portion.documents, group) for portion, table in parts.values() for group in _groups(table)]
             found = functools.partial(_alphabet, form)
             alphabets += workers.map(found, tasks, f"collecting the characters of {corpus.name}")
-        return tokenizers.CharacterTokenizer("".join(alphabets))
+        return plain_tokenizers.CharacterTokenizer("".join(alphabets))
     assert kind != "huggingface", "validated: it comes from a file"
     workers.say(f"training a tokenizer: {kind}, {size} tokens")
     return new_tokenizer.train_sentencepiece(_sample(config, [d["train"] for d in divisions]), kind, size)

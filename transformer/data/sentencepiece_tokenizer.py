@@ -48,3 +48,7 @@ class SentencePieceTokenizer:
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.model", self._model)
         save_config(directory, kind="sentencepiece")
+
+    @classmethod
+    def load(cls, directory: Path) -> "SentencePieceTokenizer":
+        return cls((directory / "tokenizer.model").read_bytes(), str(directory))

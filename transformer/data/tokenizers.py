@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from transformer.config import BYTE_VOCAB_SIZE, ConfigError, write_atomically
+from transformer.config import ConfigError, write_atomically
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 """The special tokens of every tokenizer that we make: padding, begin and end of a document, unknown."""
@@ -46,56 +46,13 @@ class Tokenizer(Protocol):
         ...
 
 
-class ByteTokenizer:
-    """UTF-8 bytes: id = byte + 4."""
-
-    vocab_size, bos, eos, fingerprint = BYTE_VOCAB_SIZE, BOS, EOS, "bytes"
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + NUM_SPECIAL
-
-    def decode(self, ids: Ids) -> str:
-        found = between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
-        return found.astype(np.uint8).tobytes().decode(errors="replace")
-
-    def save(self, directory: Path) -> None:
-        save_config(directory, kind="bytes")
-
-
-class CharacterTokenizer:
-    """One id for each character of an alphabet, in the order of code points, after the special tokens."""
-
-    bos, eos = BOS, EOS
-
-    def __init__(self, characters: str):
-        self.characters = "".join(sorted(set(characters)))
-        self.vocab_size = NUM_SPECIAL + len(self.characters)
-        self.fingerprint = hash_of("characters", self.characters.encode())
-        self._code_points = _code_points(self.characters)
-        self._ids = np.full(0x110000, UNK, np.int32)
-        self._ids[self._code_points] = np.arange(NUM_SPECIAL, self.vocab_size)
-
-    def encode(self, text: str) -> np.ndarray:
-        return self._ids[_code_points(text)]
-
-    def decode(self, ids: Ids) -> str:
-        found = between(NUM_SPECIAL, ids, self.vocab_size) - NUM_SPECIAL
-        return self._code_points[found].tobytes().decode("utf-32-le")
-
-    def save(self, directory: Path) -> None:
-        save_config(directory, kind="characters", characters=self.characters)
-
-
-def sentencepiece_tokenizer(model: bytes, where: str = "tokenizer.model") -> Tokenizer:
-    """Returns the tokenizer of a SentencePiece model."""
-    module = importlib.import_module("transformer.data.sentencepiece_tokenizer")
-    return module.SentencePieceTokenizer(model, where)
-
-
-def huggingface_tokenizer(content: str, where: str = "tokenizer.json") -> Tokenizer:
-    """Returns the tokenizer of a `tokenizer.json`; what it needs (extra `hf`) is loaded only here."""
-    module = importlib.import_module("transformer.data.huggingface_tokenizer")
-    return module.HuggingFaceTokenizer(content, where)
+KINDS: dict[str, tuple[str, str]] = {
+    "bytes": ("transformer.data.plain_tokenizers", "ByteTokenizer"),
+    "characters": ("transformer.data.plain_tokenizers", "CharacterTokenizer"),
+    "sentencepiece": ("transformer.data.sentencepiece_tokenizer", "SentencePieceTokenizer"),
+    "huggingface": ("transformer.data.huggingface_tokenizer", "HuggingFaceTokenizer"),
+}
+"""Module and class by kind, loaded when a saved tokenizer is of it; `load` is the reverse of `save`."""
 
 
 def is_saved(directory: Path) -> bool:
@@ -108,11 +65,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not is_saved(directory):
         raise ConfigError(f"{directory} holds no tokenizer: {_CONFIG_FILE} is missing")
     config = json.loads((directory / _CONFIG_FILE).read_text())
-    if config["kind"] == "sentencepiece":
-        return sentencepiece_tokenizer((directory / "tokenizer.model").read_bytes(), str(directory))
-    if config["kind"] == "huggingface":
-        return huggingface_tokenizer((directory / "tokenizer.json").read_text(), str(directory))
-    return CharacterTokenizer(config["characters"]) if config["kind"] == "characters" else ByteTokenizer()
+    module, name = KINDS[config.pop("kind")]
+    return getattr(importlib.import_module(module), name).load(directory, **config)
 
 
 def save_config(directory: Path, **config: str) -> None:
@@ -129,7 +83,3 @@ def between(low: int, ids: Ids, high: int) -> np.ndarray:
     """Returns the ids of at least `low` and below `high`."""
     found = np.asarray(ids, np.int64).reshape(-1)
     return found[(found >= low) & (found < high)]
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -16,7 +16,7 @@ from transformer.models.layers import Linear, Norm, residual_std
 from transformer.models.masks import Mask, Tokens
 from transformer.models.mixers import Bias, Context
 from transformer.models.patterns import Pattern, make_pattern
-from transformer.models.positions import rotate
+from transformer.models.rotary import rotate
 from transformer.parallel.sharding import constrain
 
 KEY_AXES = ("batch", "kv_heads", "length", "head_width")

@@ -15,7 +15,7 @@ from transformer.models.dot_product import attend
 from transformer.models.layers import Linear, Norm, residual_std
 from transformer.models.mixers import Context
 from transformer.models.patterns import make_pattern
-from transformer.models.positions import rotary_angles, rotate
+from transformer.models.rotary import rotary_angles, rotate
 
 
 class LatentAttention(nnx.Module):

@@ -9,7 +9,7 @@ from transformer.models.cache import Cache
 from transformer.models.linear_heads import GatedHeads, LinearHeads
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
-from transformer.models.positions import rotary_angles, rotate
+from transformer.models.rotary import rotary_angles, rotate
 from transformer.models.state_cache import remember, resume
 
 

@@ -23,7 +23,7 @@ from transformer.models.layers import Linear, as_rows, dropout, materialize, mat
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
 from transformer.models.parameters import Tree, bind, normal, parameter
-from transformer.models.positions import Angles, rotary_angles, sinusoidal_positions
+from transformer.models.positions import Angles, sinusoidal_positions
 from transformer.parallel.sharding import constrain
 
 MASKED_LOGIT = -1e30
@@ -158,7 +158,8 @@ class Transformer(nnx.Module):
         config = self.config
         if config.positions != "rotary":
             return None
-        return jax.tree.map(materialize, rotary_angles(positions, config, config.head_dim))
+        rotary = importlib.import_module("transformer.models.rotary")
+        return jax.tree.map(materialize, rotary.rotary_angles(positions, config, config.head_dim))
 
     def _embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], key: PRNGKeyArray | None

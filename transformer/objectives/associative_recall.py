@@ -5,10 +5,10 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.shards import Window
 from transformer.data.tokenizers import NUM_SPECIAL, Tokenizer
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 
 
-class AssociativeRecall(Objective):
+class AssociativeRecall(TokenObjective):
     """The value of each key, all of which were told before: k1 v1 k2 v2 ..., then the keys again in another order.
 
     The text gives nothing but the number of the example. Keys are the lower half of the tokenizer's tokens and occur once

@@ -1,9 +1,9 @@
 """Causal language modelling: each token from those before it."""
 
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 
 
-class Causal(Objective):
+class Causal(TokenObjective):
     """Each token from those before it."""
 
     COUNTS_TEXT = True

@@ -10,7 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from transformer.config import ObjectiveConfig
 from transformer.models.transformer import MASKED_LOGIT, Outputs
+from transformer.objectives.objective import Objective
 from transformer.objectives.terms import Terms
+
+
+class TokenObjective(Objective):
+    """An objective whose terms are those of the targets of its examples."""
+
+    def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
+        return token_terms(config, outputs, batch)
 
 
 def token_terms(config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:

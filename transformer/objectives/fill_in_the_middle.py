@@ -11,7 +11,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 
 NUM_MARKS = 3
 """The marks PREFIX, SUFFIX and MIDDLE are the tokens after the tokenizer's, in this order."""
@@ -34,7 +34,7 @@ def _take_apart(tokens: np.ndarray, tokenizer: Tokenizer, suffix_first: bool, rn
     return np.concatenate([begin, asked, text[start:stop], [tokenizer.eos]]).astype(tokens.dtype)
 
 
-class FillInTheMiddle(Objective):
+class FillInTheMiddle(TokenObjective):
     """Documents whose middle was moved to the end."""
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:

@@ -7,7 +7,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that are replaced by MASK and by any token; the others stay (appendix C.2)."""
@@ -33,7 +33,7 @@ def _piece(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([anchor, token])[len(tokenizer.decode([anchor])) :]
 
 
-class MaskedLM(Objective):
+class MaskedLM(TokenObjective):
     """The tokens that were chosen, from all others."""
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:

@@ -5,7 +5,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 from transformer.objectives.span_corruption import NUM_MARKS, Spans, longest_window, pair, remove_spans
 
 MODES = ("regular", "extreme", "sequential")
@@ -32,7 +32,7 @@ def _all_spans() -> tuple[Spans, ...]:
     return (*(spans for _, spans in DENOISERS if spans is not None), *ends)
 
 
-class MixtureOfDenoisers(Objective):
+class MixtureOfDenoisers(TokenObjective):
     """What one of several denoisers removed."""
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:

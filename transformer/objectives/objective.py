@@ -14,19 +14,18 @@ from transformer.data.prepared import Prepared
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
 from transformer.models.transformer import Outputs
-from transformer.objectives.cross_entropy import token_terms
 from transformer.objectives.terms import Terms
 
 
 class Objective:
-    """How text becomes examples, and outputs become terms; as it stands, an example is a window and its targets count."""
+    """How text becomes examples, and outputs become terms; as it stands, an example is a window."""
 
     COUNTS_TEXT: ClassVar[bool] = False
     """Whether the cross-entropy is over every token of the text once, so that bits a byte can be told."""
 
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         """Returns the terms of a batch, the model's own among them."""
-        return token_terms(config, outputs, batch)
+        raise NotImplementedError
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
         """Returns the arrays of the row that a window becomes, each up to its length.

@@ -10,10 +10,10 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 
 
-class SequenceClassification(Objective):
+class SequenceClassification(TokenObjective):
     """A class for each text."""
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:

@@ -11,7 +11,7 @@ import numpy as np
 from transformer.config import Config, ConfigError, source_length
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.objective import Objective
+from transformer.objectives.cross_entropy import TokenObjective
 
 NUM_MARKS = 100
 """Marks are the tokens after the tokenizer's; T5 has a hundred, and longer texts as many as they need."""
@@ -91,7 +91,7 @@ def _spans(config: Config) -> Spans:
     return Spans(config.objective.mask_rate, config.objective.mean_span_length)
 
 
-class SpanCorruption(Objective):
+class SpanCorruption(TokenObjective):
     """Spans that were removed from a text."""
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:

@@ -9,7 +9,6 @@ import optax
 
 from transformer.config import Config
 from transformer.models.parameters import Tree, is_spec, map_specs
-from transformer.optimizers.averaging import moving_average
 
 Rule = Callable[[Config, Tree], optax.GradientTransformationExtraArgs]
 
@@ -42,8 +41,10 @@ def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformationE
         balance = optax.chain(optax.scale_by_sign(), optax.scale(-config.model.balance_bias_rate))
         labels = map_specs(lambda spec: "balance" if spec.role == "balance" else "weights", specs)
         optimizer = optax.partition({"weights": optimizer, "balance": balance}, labels)
-    decay = config.optimizer.ema_decay
-    return optax.chain(optimizer, moving_average(decay)) if decay else optimizer
+    if not (decay := config.optimizer.ema_decay):
+        return optimizer
+    average = importlib.import_module("transformer.optimizers.moving_average").moving_average
+    return optax.chain(optimizer, average(decay))
 
 
 def gradient_norm(gradients: Tree, specs: Tree) -> Any:

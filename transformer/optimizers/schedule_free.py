@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import optax
 
 from transformer.config import Config
@@ -25,3 +26,16 @@ def schedule_free(config: Config, specs: Tree) -> optax.GradientTransformationEx
         return at(extra["rate"]).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(at(0.0).init, update)
+
+
+def average(params: Tree, state: Any) -> Tree:
+    """Returns x of algorithm 1, where params = (1 - beta) z + beta x."""
+
+    def of(params: Tree, beta: Any, z: Tree) -> Tree:
+        def leaf(y: Any, z: Any) -> Any:
+            return y if isinstance(z, optax.MaskedNode) else (y - (1 - beta) * z) / beta
+
+        return jax.tree.map(leaf, params, z)
+
+    layout = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(of, out_shardings=layout)(params, state.b1, state.z)

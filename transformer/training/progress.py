@@ -1,17 +1,12 @@
 """The console: a progress bar on a terminal, plain lines in a log file. One process shows it."""
 
+import importlib
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from rich.console import Console, ConsoleOptions
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal may obey instead of showing it: C0 and C1 controls, and the marks that reorder text."""
@@ -26,36 +21,38 @@ class Progress:
 
     def __init__(self, num_steps: int, start_step: int = 0, on_terminal: bool | None = None, log_every_steps: int = 10):
         self._num_steps, self._start_step, self._log_every_steps = num_steps, start_step, log_every_steps
-        self._step, self._record, self._time_left = start_step, {}, "-:--:-- left"
+        self._step, self._record = start_step, {}
         self._first: tuple[int, float] | None = None
         self._stream = sys.stdout
         if on_terminal is None:
             on_terminal = self._stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-        console = Console(file=self._stream, force_terminal=True, highlight=False)
-        # What is meant for a file of its own, 2> errors.txt, must not end up on the terminal.
-        redirect = sys.stderr.isatty()
-        self._live = Live(self, console=console, redirect_stderr=redirect) if on_terminal else None
+        self._bar: Any = None
+        if on_terminal:
+            bar = importlib.import_module("transformer.training.bar")
+            self._bar = bar.Bar(self._stream, num_steps, start_step, self._facts("-:--:-- left"))
 
     def __enter__(self) -> "Progress":
-        if self._live:
-            self._live.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._live:
-            self._live.stop()
+        if self._bar:
+            self._bar.stop()
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Shows the newest training record: "step", "loss", "tokens_per_second", perhaps "mfu" (a share)."""
-        self._step, self._record, now = record["step"], record, time.monotonic()
+        self._step, self._record, now, left = record["step"], record, time.monotonic(), "-:--:-- left"
         if self._first is None:
             self._first = (self._step, now)
         else:  # counted from the first step's end: its compilation left out, validations and checkpoints included
             each = (now - self._first[1]) / max(1, self._step - self._first[0])
             minutes, seconds = divmod(round(each * (self._num_steps - self._step)), 60)
-            self._time_left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        if self._bar:
+            self._bar.show(self._step, self._facts(left))
         due = self._step in (self._start_step + 1, self._num_steps) or self._step % self._log_every_steps == 0
-        if due and not self._live:
+        if due and not self._bar:
             self.message("  ".join(self._facts()))
 
     def message(self, text: str) -> None:
@@ -63,27 +60,13 @@ class Progress:
         encoding = self._stream.encoding or "utf-8"
         text = CONTROL.sub(lambda match: repr(match.group())[1:-1], text)
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-        if self._live:
-            self._live.console.print(Text(text), soft_wrap=True)
+        if self._bar:
+            self._bar.message(text)
         else:
             print(text, file=self._stream, flush=True)
 
-    def _facts(self) -> list[str]:
+    def _facts(self, *time_left: str) -> list[str]:
         """Returns what there is to show, the most important first."""
         formats = (("loss", "loss {:.3f}"), ("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}"))
         known = [text.format(self._record[name]) for name, text in formats if self._record.get(name) is not None]
-        return [f"step {self._step}/{self._num_steps}", *known]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        facts = self._facts()
-        facts.insert(2, self._time_left)
-        smallest_bar = 10
-        while len(facts) > 1 and len("  ".join(facts)) + 2 + smallest_bar > options.max_width:
-            facts.pop()
-        room = options.max_width - len("  ".join(facts)) - 2
-        cells: list[Any] = [Text(fact, no_wrap=True, overflow="crop") for fact in facts]
-        if room >= smallest_bar:
-            cells.insert(1, ProgressBar(self._num_steps, self._step, width=min(room, 40)))
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_row(*cells)
-        yield grid
+        return [f"step {self._step}/{self._num_steps}", *known[:1], *time_left, *known[1:]]

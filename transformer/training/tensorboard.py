@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer.config import Config
-from transformer.training.trackers import encodable, numbers, package
+from transformer.training.tracked import encodable, numbers, package
 
 
 class TensorBoard:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from transformer.config import Config, ConfigError
+from transformer.config import Config
 
 
 @runtime_checkable
@@ -29,23 +29,3 @@ def trackers(config: Config, workdir: Path, resume_step: int) -> list[Tracker]:
     """Returns the trackers that `config` asks for; raises ConfigError where a package is missing."""
     wanted = [place for key, place in TRACKERS.items() if getattr(config.tracking, key)]
     return [getattr(importlib.import_module(module), name)(config, workdir, resume_step) for module, name in wanted]
-
-
-def package(key: str, name: str) -> Any:
-    """Returns the package `name`, which `tracking.key` needs; raises ConfigError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        hint = "pip install -e '.[tracking]', or set it to False"
-        raise ConfigError(f"tracking.{key} = True needs the package {name}: {hint}") from error
-
-
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a record by `split/name`."""
-    names = [name for name, value in record.items() if name != "step" and not isinstance(value, str)]
-    return {f"{record['split']}/{name}": float(record[name]) for name in names}
-
-
-def encodable(text: str) -> str:
-    """Returns `text` with lone surrogates spelled out, which UTF-8 has no bytes for."""
-    return text.encode(errors="backslashreplace").decode()
