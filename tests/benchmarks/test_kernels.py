@@ -21,6 +21,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "_started", True)
 
 
+@pytest.mark.slow
 def test_all_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.json"
     assert cli.run(["benchmark", "kernels", *FLAGS, "--lengths", "16", "--json", str(path)]) == 0

@@ -87,6 +87,7 @@ def test_attention_splits_a_text_over_devices_and_an_lstm_does_not() -> None:
     assert found["lstm"] == pytest.approx(1 / (0.5 + 0.5 / 8), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

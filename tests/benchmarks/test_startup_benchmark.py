@@ -11,6 +11,7 @@ from transformer.benchmarks.startup import PHASES, first_step
 from transformer.config import Config, ConfigError, to_json
 
 
+@pytest.mark.slow
 def test_phases_are_told_cold_and_warm(
     make_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,11 @@ def test_what_is_judged_is_distributed_as_the_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(1.0), Sampling(0.7, top_k=3, min_p=0.05)], ids=["plain", "temperature, top-k and min-p"]
+    "sampling",
+    [
+        pytest.param(Sampling(1.0), id="plain", marks=pytest.mark.slow),
+        pytest.param(Sampling(0.7, top_k=3, min_p=0.05), id="temperature, top-k and min-p"),
+    ],
 )
 def test_texts_are_distributed_as_those_of_the_model(sampling: Sampling) -> None:
     """1,536 texts of up to three tokens against the exact probability of each, by Pearson's test at p = 0.001.

@@ -357,6 +357,7 @@ def test_microbatches_layers_in_a_loop_and_a_mesh_change_no_step(capacity, tiny_
         assert found["parts"][1][key] == pytest.approx(float(value), rel=5e-6, abs=1e-6), key
 
 
+@pytest.mark.slow
 def test_biases_even_out_the_load(tiny_config):
     """Under Adam, a router that sends all tokens to one expert. By itself it would still do so at the end."""
     rng = np.random.default_rng(0)

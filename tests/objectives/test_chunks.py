@@ -55,6 +55,7 @@ def test_loss_terms_and_gradients_are_those_of_all_at_once(size: int) -> None:
     close(gradients, expected_gradients, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_heads_for_further_tokens_go_by_chunks_too() -> None:
     (loss, terms), gradients = loss_of(MultiToken(), 8, num_future_tokens=2)
     (expected, expected_terms), expected_gradients = loss_of(MultiToken(), 0, num_future_tokens=2)
