@@ -3,6 +3,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,7 +119,12 @@ def test_wandb_offline_keeps_its_run_id_over_a_resume(tmp_path, monkeypatch):
         tracker.close()
     run_id = (tmp_path / "wandb_run_id").read_text()
     logs = list(tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert len(logs) == 2 and all(b"train/loss" in log.read_bytes() for log in logs)
+    assert len(logs) == 2
+    # wandb's own process may still be writing when `finish` comes back.
+    deadline = time.monotonic() + 60
+    while not (written := all(b"train/loss" in log.read_bytes() for log in logs)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert written
     samples = [path.read_text() for path in tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")]
     assert samples == ["<pre>&lt;b&gt;</pre>"] * 2
 
