@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions, Workdir, exit_status
 from transformer.arguments import parse as parse_options
 from transformer.benchmarks import BENCHMARKS
+from transformer.benchmarks.measure import check_destination
 from transformer.config import Config, ConfigError, mesh_problems, nearest, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
@@ -375,7 +376,11 @@ def _parse_benchmark(arguments: Sequence[str]) -> Options:
         if rest and rest[0][:1] != "-"
         for part in (f"--{word}", rest.pop(0))
     ]
-    return parse_options(kind, [*flags, *rest], f"transformer benchmark {name}")
+    options = parse_options(kind, [*flags, *rest], f"transformer benchmark {name}")
+    for attribute, flag, is_directory in (("json_file", "--json", False), ("output", "--output", name == "rnn")):
+        if path := getattr(options, attribute, ""):
+            check_destination(flag, path, is_directory)
+    return options
 
 
 def run(arguments: Sequence[str]) -> int:

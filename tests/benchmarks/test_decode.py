@@ -39,8 +39,7 @@ def test_each_case_is_timed(architecture: str, tmp_path: Path, capsys: pytest.Ca
     [
         (
             ["--new-tokens", "1"],
-            "--batch-sizes, --prompt-tokens and --rounds must be at least 1, and --new-tokens, of which the first "
-            "counts apart, at least 2",
+            "--new-tokens = 1: must be at least 2",
         ),
         (
             ["--model.architecture", "encoder", "--objective.name", "masked_lm"],

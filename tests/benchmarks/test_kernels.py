@@ -51,7 +51,7 @@ def test_what_needs_too_much_memory_is_not_run(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--lengths", "0"], "--lengths, --batch-size and --rounds must be at least 1"),
+        (["--lengths", "0"], "--lengths = 0: must be at least 1"),
         (["--only", "flash"], "--only = 'flash': must be of reference, causal_blocks"),
     ],
 )

@@ -1,6 +1,7 @@
 """How times become numbers: turns, medians and quartiles, results in files, ratios with their spread."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from transformer import cli
 from transformer.arguments import exit_status
 from transformer.benchmarks import BENCHMARKS, compare, measure
-from transformer.benchmarks.measure import Measurement, Result, ratio, read_result, timed
+from transformer.benchmarks.measure import Measurement, Result, median, ratio, read_result, timed
 from transformer.config import ConfigError
 
 
@@ -70,7 +71,8 @@ def test_a_result_is_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
     result().write(str(path))
     assert read_result(str(path)) == result()
-    assert json.loads(path.read_text())["date"].startswith("20")
+    record = json.loads(path.read_text())
+    assert record["date"].startswith("20") and record["command"][1:] == sys.argv[1:]
 
 
 @pytest.mark.parametrize(
@@ -79,9 +81,50 @@ def test_a_result_is_what_was_written(tmp_path: Path) -> None:
 def test_what_is_no_result_is_told(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    for name in (str(path), str(tmp_path / "missing.json"), str(tmp_path)):
-        with pytest.raises(ConfigError, match="is not the result of a benchmark"):
+    with pytest.raises(ConfigError, match="is not the result of"):
+        read_result(str(path))
+    for name in (str(tmp_path / "missing.json"), str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"cannot be read: (No such file|Is a directory)"):
             read_result(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"subject": None}, "it has no subject"),
+        ({"machine": []}, "it has no machine"),
+        ({"machine": {"platform": "cpu"}}, "its machine has no versions"),
+        ({"measurements": {"seconds": {"values": [], "unit": "s"}}}, "seconds has no values or no unit"),
+        ({"measurements": {"seconds": 3}}, "seconds has no values or no unit"),
+        ({"measurements": {"seconds": {"values": [1, 0], "unit": "s"}}}, "values that are not greater than 0"),
+        ({"measurements": {"seconds": {"values": [float("nan")], "unit": "s"}}}, "values that are not greater than 0"),
+    ],
+)
+def test_what_is_nearly_a_result_is_told(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    result().write(str(path))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match=told):
+        read_result(str(path))
+
+
+def test_the_median_of_rates_is_that_of_times_inverted() -> None:
+    times = (0.002, 0.004, 10.0, 20.0)
+    assert Measurement(times, "s").median == pytest.approx(1 / Measurement(tuple(1 / s for s in times), "1/s").median)
+    assert median((1.0, 5.0, 9.0)) == 5 and median((-1.0, 3.0)) == 1
+
+
+@pytest.mark.parametrize("name", ["step", "rnn"])
+def test_where_nothing_can_be_written_is_told_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ["--config", "parallelism"] if name == "step" else []
+    for path, why in ((tmp_path, "is a directory"), (tmp_path / "file" / "a.json", "")):
+        with pytest.raises(ConfigError, match=f"--json = .* cannot be written: .*{why}"):
+            cli.parse(["benchmark", name, *flags, "--json", str(path)])
+    if name == "rnn":
+        with pytest.raises(ConfigError, match=r"--output = .* cannot be written"):
+            cli.parse(["benchmark", name, "--output", str(tmp_path / "file")])
+        cli.parse(["benchmark", name, "--output", str(tmp_path / "new")])
 
 
 def test_results_are_compared_as_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +135,7 @@ def test_results_are_compared_as_ratios(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.run(["benchmark", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     versions, seconds = capsys.readouterr().out.splitlines()
     assert versions == "versions: jax 1 -> 2"
-    assert seconds.startswith("step seconds: 0.500 (90% of resamples: ") and seconds.endswith("); 2 -> 1 s")
+    assert seconds.startswith("step seconds: 0.5 (90% of resamples: ") and seconds.endswith("); 2 -> 1 s")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +164,7 @@ def test_unlike_things_are_not_compared(changes: dict[str, Any], problem: str) -
             ["compare", "a.json", "b.json", "c.json"],
             "--after = 'b.json' is followed by 'c.json', which belongs to no option",
         ),
-        (["step", "--rounds", "0"], "--rounds = 0 and --warmup = 3: at least 1, and at least 0"),
+        (["step", "--rounds", "0"], "--rounds = 0: must be at least 1"),
         (["roofline", "--rounds", "0"], "--rounds = 0: must be at least 1"),
     ],
 )

@@ -114,7 +114,7 @@ def test_the_benchmark_writes_a_report(
         ({"mixers": ("attention", "gpu")}, "--mixers = 'gpu': must be of attention, "),
         ({"lengths": (64, 100)}, "--tokens = 16384: must be a multiple of every length, which 100 does not divide"),
         ({"lengths": (32768,)}, "which 32768 does not divide"),
-        ({"rounds": 0}, "--rounds and --lengths must be at least 1"),
+        ({"rounds": 0}, "--rounds = 0: must be at least 1"),
     ],
 )
 def test_mistakes_are_told(changes: dict, problem: str) -> None:

@@ -98,7 +98,7 @@ def test_a_real_step_is_timed_in_each_setting(tmp_path: Path, capsys: pytest.Cap
     [
         (["--remat", "som"], "--remat = 'som': must be one of none, dots, full"),
         (["--batch-sizes", "3", "--train.num-microbatches", "2"], "train.batch_size = 3 is not divisible by"),
-        (["--rounds", "0"], "--rounds and --batch-sizes must be at least 1, --memory not negative"),
+        (["--rounds", "0"], "--rounds = 0: must be at least 1"),
         ([], "--memory is needed: this device does not say how much it has"),
     ],
 )

@@ -49,9 +49,9 @@ def text_of(before: Result, after: Result) -> str:
     for name, first in before.measurements.items():
         second = after.measurements[name]
         whole, low, high = ratio(second.values, first.values)
-        spread = f" (90% of resamples: {low:.3f} to {high:.3f})"
+        spread = f" (90% of resamples: {low:.4g} to {high:.4g})"
         lines.append(
-            f"{name.replace('_', ' ')}: {whole:.3f}{spread}; {first.median:.4g} -> {second.median:.4g} {first.unit}"
+            f"{name.replace('_', ' ')}: {whole:.4g}{spread}; {first.median:.4g} -> {second.median:.4g} {first.unit}"
         )
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, tell, too_small
 from transformer.config import Config, ConfigError, replace, validate
 
 
@@ -32,10 +32,9 @@ class Options:
 
 
 def run(options: Options) -> int:
-    numbers = (*options.batch_sizes, *options.prompt_tokens, options.rounds)
-    if not (options.batch_sizes and options.prompt_tokens) or min(numbers) < 1 or options.new_tokens < 2:
-        names = "--batch-sizes, --prompt-tokens and --rounds"
-        raise ConfigError(f"{names} must be at least 1, and --new-tokens, of which the first counts apart, at least 2")
+    # The first of the new tokens counts apart.
+    if problems := too_small(options, {"batch_sizes": 1, "prompt_tokens": 1, "rounds": 1, "new_tokens": 2}):
+        raise ConfigError(problems)
     from transformer.parallel import startup
 
     startup.start(options.config)
@@ -64,6 +63,7 @@ def run(options: Options) -> int:
     cases = [(size, length) for size in options.batch_sizes for length in options.prompt_tokens]
     seconds: dict[tuple[int, int], list[tuple[float, float]]] = {case: [] for case in cases}
     for number in range(-1, options.rounds):
+        tell("compiling" if number < 0 else f"round {number + 1} of {options.rounds}")
         for case in cases:
             found = generated(model, params, *case, options.new_tokens)
             if number >= 0:  # the first compiles

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, resident_bytes, timed
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, resident_bytes, timed, too_small
 from transformer.config import Config, ConfigError, replace
 
 READINGS = 20
@@ -30,8 +30,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if options.rounds < 1 or options.batches < 0:
-        raise ConfigError(f"--rounds = {options.rounds} and --batches = {options.batches}: at least 1, and at least 0")
+    if problems := too_small(options, {"rounds": 1, "batches": 0}):
+        raise ConfigError(problems)
     from transformer.parallel import startup
 
     startup.start(options.config)

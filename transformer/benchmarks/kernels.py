@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed, too_small
 from transformer.config import Config, ConfigError, LayerKind
 from transformer.config.implementations import IMPLEMENTATIONS
 from transformer.config.model import Mixer
@@ -39,8 +39,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if min(*options.lengths, options.batch_size, options.rounds, 2) < 1 or not options.lengths:
-        raise ConfigError("--lengths, --batch-size and --rounds must be at least 1")
+    if problems := too_small(options, {"lengths": 1, "batch_size": 1, "rounds": 1, "memory": 0}):
+        raise ConfigError(problems)
     known = (*IMPLEMENTATIONS, *get_args(Mixer)[1:])
     if unknown := [name for name in options.only if name not in known]:
         raise ConfigError(f"--only = {unknown[0]!r}: must be of {', '.join(known)}")

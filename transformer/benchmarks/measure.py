@@ -1,12 +1,15 @@
 """How things are timed, and the form that every result is written in."""
 
 import datetime
+import errno
 import json
+import math
 import os
 import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +25,43 @@ JsonFile = Annotated[str, tyro.conf.arg(name="json", metavar="FILE")]
 """The option that names a file for the result; the field is called `json_file`."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")
+
+
+def check_destination(option: str, path: str, is_directory: bool = False) -> None:
+    """Raises ConfigError where nothing can be written to `path`, before a benchmark has worked for hours."""
+    target = Path(path).expanduser()
+    try:
+        if target.is_dir() and not is_directory:
+            raise IsADirectoryError(errno.EISDIR, "is a directory")
+        place = target if is_directory else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ConfigError(f"{option} = {path!r} cannot be written: {error.strerror}") from error
+
+
+def too_small(options: Any, least: Mapping[str, int]) -> list[str]:
+    """Returns what is wrong with options that are numbers, or several, of at least so much."""
+    problems = []
+    for name, smallest in least.items():
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value == ():
+            problems.append(f"{flag} has no value: give at least one")
+        elif min(value if isinstance(value, tuple) else (value,)) < smallest:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            problems.append(f"{flag} = {shown}: must be at least {smallest}")
+    return problems
+
+
+def tell(text: str) -> None:
+    """Says what goes on, apart from the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def median(values: Sequence[float]) -> float:
+    """Returns the middle value, of two in the middle their geometric mean: the median of rates is that of times, inverted."""
+    low, high = statistics.median_low(values), statistics.median_high(values)
+    return math.sqrt(low * high) if 0 < low < high else statistics.median(values)
 
 
 def timed(calls: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -63,7 +103,7 @@ class Measurement:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.values)
+        return median(self.values)
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -146,7 +186,8 @@ class Result:
         """Writes it as JSON, whole or not at all."""
         values = {name: {"unit": m.unit, "values": m.values} for name, m in self.measurements.items()}
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = vars(self) | {"measurements": values, "date": date}
+        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        record = vars(self) | {"measurements": values, "date": date, "command": command}
         write_atomically(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
 
 
@@ -154,21 +195,27 @@ def read_result(path: str) -> Result:
     """Returns what `Result.write` wrote. Raises ConfigError for any other file."""
     try:
         record = json.loads(Path(path).expanduser().read_text())
-        measurements = {
-            name: Measurement(tuple(map(float, item["values"])), item["unit"])
-            for name, item in record["measurements"].items()
-        }
-        return Result(record["benchmark"], record["subject"], record["machine"], measurements, record["facts"])
-    except (
-        OSError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-    ) as error:
-        raise ConfigError(f"{path} is not the result of a benchmark: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not the result of a benchmark: it is not JSON") from error
+    parts = {"benchmark": str, "subject": dict, "machine": dict, "measurements": dict, "facts": dict}
+    for name, kind in parts.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise ConfigError(f"{path} is not the result of `transformer benchmark`: it has no {name}")
+    if not isinstance(record["machine"].get("versions"), dict):
+        raise ConfigError(f"{path} is not the result of `transformer benchmark`: its machine has no versions")
+    measurements = {name: _measurement(f"{path}: {name}", item) for name, item in record["measurements"].items()}
+    return Result(record["benchmark"], record["subject"], record["machine"], measurements, record["facts"])
+
+
+def _measurement(label: str, item: Any) -> Measurement:
+    values = item.get("values") if isinstance(item, dict) else None
+    if not isinstance(values, list) or not values or not isinstance(item.get("unit"), str):
+        raise ConfigError(f"{label} has no values or no unit")
+    if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+        raise ConfigError(f"{label} has values that are not greater than 0")
+    return Measurement(tuple(map(float, values)), item["unit"])
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
@@ -179,8 +226,8 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float], draws: int =
     rng = random.Random(0)
 
     def again(values: Sequence[float]) -> float:
-        return statistics.median(rng.choices(values, k=len(values)))
+        return median(rng.choices(values, k=len(values)))
 
     found = sorted(again(numerator) / again(denominator) for _ in range(draws))
-    whole = statistics.median(numerator) / statistics.median(denominator)
+    whole = median(numerator) / median(denominator)
     return whole, found[round(0.05 * (draws - 1))], found[round(0.95 * (draws - 1))]

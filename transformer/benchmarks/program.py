@@ -38,11 +38,16 @@ class Program:
 
     def __call__(self) -> dict[str, jax.Array]:
         """Takes one step and returns its metrics."""
+        self.start()
         with jax.set_mesh(self.mesh):
-            if self.state is None:
-                self.state = create_state(self.config, self.model, *self._optimizer())
             self.state, metrics = self.compiled(self.state, self.batch)
         return metrics
+
+    def start(self) -> None:
+        """Makes the first state, if there is none: what has to be done before a step is timed."""
+        if self.state is None:
+            with jax.set_mesh(self.mesh):
+                self.state = jax.block_until_ready(create_state(self.config, self.model, *self._optimizer()))
 
     def _optimizer(self) -> tuple[Any, TrainState]:
         optimizer = make_optimizer(self.config, parameter_specs(self.model))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process, timed
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process, timed, too_small
 from transformer.benchmarks.report import save_plot
 from transformer.benchmarks.rnn_report import DEVICES, SPLIT_LENGTH, Cell, draw, report
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
@@ -90,8 +90,8 @@ def run(options: Options) -> int:
 
 
 def _problem(options: Options) -> str | None:
-    if options.rounds < 1 or not options.lengths or min(options.lengths) < 1:
-        return "--rounds and --lengths must be at least 1"
+    if problems := too_small(options, {"rounds": 1, "lengths": 1}):
+        return problems[0]
     if not options.mixers or options.memory <= 0:
         return "--mixers needs at least one, and --memory more than 0"
     if unknown := [name for name in options.mixers if name not in get_args(Mixer)]:

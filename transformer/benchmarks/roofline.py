@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, tell, timed, too_small
 from transformer.config import Config, ConfigError, replace
 
 SIZES = {"cpu": (256, 512, 1024, 2048), "other": (2048, 4096, 8192, 16384)}
@@ -36,8 +36,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if options.rounds < 1:
-        raise ConfigError(f"--rounds = {options.rounds}: must be at least 1")
+    if problems := too_small(options, {"rounds": 1}):
+        raise ConfigError(problems)
     from transformer.parallel import startup
 
     startup.start(options.config)
@@ -46,6 +46,7 @@ def run(options: Options) -> int:
     # XLA counts the body of a loop once, however often it runs.
     program = make_program(replace(options.config, model={"scan_layers": False}))
     calls, work = ceilings(program.config.model.compute_dtype)
+    tell(f"timing {options.rounds} rounds of {len(calls)} products and the step")
     seconds = timed({**calls, "step": program}, options.rounds, warmup=2)
     moved = float(program.compiled.cost_analysis()["bytes accessed"])
     flops = program.flops(True) / program.mesh.size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer.arguments import Overrides, Recipe, TrainOptions, exit_status, parse
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, own_process, tell, too_small
 from transformer.config import Config, ConfigError, replace, to_json
 
 PHASES = ("command line", "JAX", "other imports", "data", "state", "compilation", "first step")
@@ -36,8 +36,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if options.rounds < 1:
-        raise ConfigError(f"--rounds = {options.rounds}: must be at least 1")
+    if problems := too_small(options, {"rounds": 1}):
+        raise ConfigError(problems)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         config = replace(
@@ -49,7 +49,10 @@ def run(options: Options) -> int:
             checkpoint={"every_steps": 0},
             compilation_cache_dir=str(place / "programs"),
         )
-        starts = [first_step(config, place / f"run-{number}") for number in range(1 + options.rounds)]
+        starts = []
+        for number in range(1 + options.rounds):
+            tell(f"start {number + 1} of {1 + options.rounds}, {'warm' if number else 'cold'}")
+            starts.append(first_step(config, place / f"run-{number}"))
     cold, *warm = starts
     measurements = {"cold": Measurement((sum(cold.values()),), "s")}
     measurements["warm"] = Measurement(tuple(sum(phases.values()) for phases in warm), "s")
@@ -71,7 +74,9 @@ def first_step(config: Config, workdir: Path) -> dict[str, float]:
     command, environment = own_process("from transformer.benchmarks.startup import child; child()", arguments)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"the run ended with status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        told = "\n".join(errors) or done.stderr.strip() or done.stdout.strip()
+        raise ConfigError(f"the run ended with status {done.returncode}: {told}")
     return json.loads(found.read_text())
 
 

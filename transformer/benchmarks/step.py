@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, peak_resident_bytes, timed
+from transformer.benchmarks.measure import (
+    JsonFile,
+    Measurement,
+    Result,
+    machine,
+    peak_resident_bytes,
+    tell,
+    timed,
+    too_small,
+)
 from transformer.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -39,8 +48,9 @@ class Options:
 
 
 def run(options: Options) -> int:
-    if options.rounds < 1 or options.warmup < 0:
-        raise ConfigError(f"--rounds = {options.rounds} and --warmup = {options.warmup}: at least 1, and at least 0")
+    least = {"rounds": 1, "warmup": 0}
+    if problems := too_small(options, least):
+        raise ConfigError(problems)
     if options.profile:
         try:
             Path(options.profile).expanduser().mkdir(parents=True, exist_ok=True)
@@ -51,7 +61,10 @@ def run(options: Options) -> int:
     startup.start(options.config)
     from transformer.benchmarks.program import make_program
 
+    tell("compiling the step")
     program = make_program(options.config)
+    program.start()
+    tell(f"timing {options.rounds} steps after {options.warmup} to warm up")
     losses: list[Any] = []
 
     def step() -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed
+from transformer.benchmarks.measure import JsonFile, Measurement, Result, machine, timed, too_small
 from transformer.config import Config, ConfigError, get, problems_of, replace, to_json, type_of, write_atomically
 
 
@@ -94,9 +94,8 @@ def _settings(options: Options) -> Iterator[Config]:
     """Yields the configurations to try, smaller batches first. Raises ConfigError with everything wrong with any."""
     size = options.config.train.batch_size
     sizes = sorted(set(options.batch_sizes or (max(1, size // 2), size, 2 * size)))
-    problems: dict[str, None] = {}
-    if options.rounds < 1 or options.memory < 0 or sizes[0] < 1:
-        problems["--rounds and --batch-sizes must be at least 1, --memory not negative"] = None
+    least = {"rounds": 1, "memory": 0} | ({"batch_sizes": 1} if options.batch_sizes else {})
+    problems: dict[str, None] = dict.fromkeys(too_small(options, least))
     for name, key in (("remat", "model.remat"), ("attention", "model.attention_implementation")):
         known = get_args(type_of(key))
         for value in getattr(options, name):
