@@ -150,6 +150,8 @@ class ModelConfig:
     """Tokens of a row that an expert takes, as a multiple of its even share; None: as many as choose it."""
     balance_loss: float = 0.01
     """Weight of the loss that spreads tokens over experts."""
+    expert_pieces: int = 1
+    """Parts of a device's tokens that travel one after another to experts on other devices, where none is dropped."""
     router_z_loss: float = 0.0
     """Weight of the squared log-partition function of the router."""
     balance_bias_rate: float = 0.0

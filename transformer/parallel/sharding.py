@@ -20,6 +20,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
     "length": ("context",),
     "hidden": (),
+    # Places of experts are split as the batch is, or else by experts: tokens then travel between these devices.
+    "groups": ("replica", "fsdp"),
+    "places": (),
     # Parameters: `fsdp` splits what `tensor` leaves whole, so that every large array is split by both.
     "vocab": ("tensor",),
     "embed": ("fsdp",),
