@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -75,8 +76,10 @@ def run(
 ) -> Float[Array, "... D"]:
     """Returns what the experts make of rows, `product` being that of rows with the matrix of their expert."""
     activation = ACTIVATIONS[config.activation]
-    hidden = product(rows, weights["up"])
-    hidden = hidden * activation(product(rows, weights["gate"])) if "gate" in weights else activation(hidden)
+    made = {
+        name: checkpoint_name(product(rows, weights[name]), "feedforward_hidden") for name in weights if name != "down"
+    }
+    hidden = made["up"] * activation(made["gate"]) if "gate" in made else activation(made["up"])
     return product(hidden, weights["down"])
 
 
@@ -109,7 +112,9 @@ def dropless(
     if mesh.empty or mesh.size == 1:
         return part(weights, x, choices)
     rows = partition_spec(("batch", "length", "hidden"), x.shape, mesh.shape)
-    layouts = {name: PartitionSpec(over, None, hidden) for name in weights} | {"down": PartitionSpec(over, hidden, None)}
+    layouts = {name: PartitionSpec(over, None, hidden) for name in weights} | {
+        "down": PartitionSpec(over, hidden, None)
+    }
     mapped = jax.shard_map(part, in_specs=(layouts, rows, rows), out_specs=rows, check_vma=False)
     return mapped(weights, x, choices)
 
