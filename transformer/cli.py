@@ -275,7 +275,7 @@ def describe_config(config: Config) -> dict[str, Any]:
         rules = dict(rules_in_use.value)
         mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
         layouts: Any = state_shardings(model, optimizer, mesh, config.parallel)
-        whole = left_whole(specs, axes)
+        whole = left_whole(config.model, specs, axes)
     state = abstract_state(model, optimizer, layouts)
     arrays, totals = [], {"params": 0, "opt_state": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):

@@ -1,13 +1,14 @@
 """The table of sharding rules of a configuration: ours, changed as `parallel.rules` and options say."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from transformer.config import MESH_AXES, Config, ConfigError, nearest
+from transformer.config import MESH_AXES, Config, ConfigError, ModelConfig, nearest
 from transformer.models.parameters import is_spec
-from transformer.parallel.sharding import partition_spec, rules_in_use
+from transformer.parallel.sharding import rules_in_use
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -59,16 +60,19 @@ def _parsed(text: str) -> tuple[str, tuple[str, ...]]:
     return name.strip(), tuple(axis.strip() for axis in axes.split(",") if axis.strip())
 
 
-def left_whole(specs: Any, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Returns the dimensions of parameters that a rule would split and the mesh does not divide, with the reason."""
-    rules, found = dict(rules_in_use.value), {}
+def left_whole(model: ModelConfig, specs: Any, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Returns what a rule would split and the mesh does not divide, with the reason: dimensions of parameters, and heads."""
+    rules, dims = dict(rules_in_use.value), []
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec):
-        for name, dim in zip(spec.axes, spec.shape, strict=True):
-            axes = [axis for axis in rules[name] if sizes[axis] > 1]
-            (entry,) = partition_spec((name,), (dim,), sizes)
-            missing = axes[len((entry,) if isinstance(entry, str) else entry or ()) :]
-            if missing:
-                label = f"{jax.tree_util.keystr(path, simple=True, separator='/')}, {name}"
-                pieces = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
-                found[label] = f"{dim} is not divisible by {pieces}"
+        label = jax.tree_util.keystr(path, simple=True, separator="/")
+        dims += [(f"{label}, {name}", name, dim) for name, dim in zip(spec.axes, spec.shape, strict=True)]
+    if any("kv_heads" in spec.axes for spec in jax.tree.leaves(specs, is_leaf=is_spec)):
+        # Parameters have the columns of all heads in one dimension, which may divide where heads do not.
+        dims.append(("heads of keys and values, in activations", "kv_heads", model.kv_heads))
+    found = {}
+    for label, name, dim in dims:
+        axes = [axis for axis in rules[name] if sizes[axis] > 1]
+        if dim % math.prod(sizes[axis] for axis in axes):
+            pieces = " x ".join(f"{axis} {sizes[axis]}" for axis in axes)
+            found[label] = f"{dim} is not divisible by {pieces}"
     return found
