@@ -15,6 +15,7 @@ Rules = Mapping[str, tuple[str, ...]]
 FIXED = {
     "batch": "the batch lies over replica, fsdp and expert, and rows are read by that",
     "length": "lengths lie over context, and attention counts on it",
+    "whole": "it is what is split by nothing",
     "layers": "layers lie over stage, and pipelines count on it",
 }
 """Names whose rule is no matter of layout alone."""

@@ -23,6 +23,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "length": ("context",),
     "residual_length": ("context",),
     "hidden": (),
+    "whole": (),
     # Places of experts are split as the batch is, or else by experts: tokens then travel between these devices.
     "groups": ("replica", "fsdp"),
     "places": (),
