@@ -64,6 +64,7 @@ def config_of(recipe: str, split: str) -> Config:
         data={"sequence_length": LENGTH, "source_length": None, "window_length": None},
         model={**periods, "scan_layers": True, "attention_implementation": "auto", "remat": "none"},
         train={"batch_size": ROWS, "num_microbatches": 1, "batch_warmup_steps": 0},
+        optimizer={"warmup_steps": 0, "warmup_tokens": 0},
         evaluation={"batch_size": None},
         parallel=parallel,
     )
