@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test constraints clean
+.PHONY: help install demo test goldens constraints clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -22,6 +22,7 @@ BIN := .venv/bin
 help:
 	@echo 'make demo   train on the Python standard library, then evaluate and sample (minutes)'
 	@echo 'make test   lint, types and tests'
+	@echo 'make goldens   write the layouts and collectives that tests compare with'
 
 install: $(INSTALLED)
 
@@ -65,6 +66,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/pyright
 	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+# Layouts and collectives of recipes, as files in tests/goldens; the collectives are those of the release of JAX at hand.
+goldens: export REWRITE_GOLDENS := 1
+goldens: $(INSTALLED)
+	$(BIN)/pytest --quiet -m 'slow or not slow' tests/parallel/test_goldens.py $(ARGS)
 
 # Resolves the pins again (needs uv), keeping those that still fit; the 0.12 line serves Python 3.12 and 3.13.
 constraints:

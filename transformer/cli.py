@@ -14,7 +14,7 @@ from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions
 from transformer.arguments import parse as parse_options
 from transformer.benchmarks import BENCHMARKS
 from transformer.benchmarks.measure import check_destination
-from transformer.config import Config, ConfigError, mesh_problems, nearest, replace, source_length
+from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
 from transformer.studies import STUDIES
@@ -126,6 +126,7 @@ def evaluate(options: EvaluateOptions) -> int:
     from transformer.checkpointing.loading import load_parameters
     from transformer.data.prepared import prepare_apart
     from transformer.objectives import objective_of, with_examples, with_window
+    from transformer.parallel.sharding import use_rules
     from transformer.training.evaluation import Evaluator
 
     if options.baseline and not objective_of(config).COUNTS_TEXT:
@@ -136,7 +137,7 @@ def evaluate(options: EvaluateOptions) -> int:
     if prepared.fingerprint != run.data_fingerprint:
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
     prepared = with_examples(prepared, objective_of(config), config)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), use_rules(config):
         model, params, step = load_parameters(run, mesh, options.step, options.best, options.average)
         result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}
     if options.baseline:
@@ -200,9 +201,13 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
     # Nothing is trained here, so only the batch of the evaluation has to divide.
     config = replace(config, train={"batch_size": size, "num_microbatches": 1, "batch_warmup_steps": 0})
     if config.parallel == run.config.parallel and mesh_problems(config, jax.device_count()):
-        # The run's own mesh is of another machine. Any number of devices can split the layers themselves.
+        # The run's own mesh is of another machine.
         shards = math.gcd(size, jax.device_count())
-        config = replace(config, parallel={"replica": 1, "fsdp": shards, "tensor": -1})
+        # Devices that layers cannot be split over are left out.
+        model = config.model
+        tensor = math.gcd(jax.device_count() // shards, model.num_heads, model.ff_width, model.expert_dim)
+        config = replace(config, parallel=dict.fromkeys(MESH_AXES, 1) | {"fsdp": shards, "tensor": tensor})
+        return run, config, make_mesh(config, jax.devices()[: shards * tensor])
     return run, config, make_mesh(config)
 
 
@@ -228,6 +233,11 @@ def describe(options: DescribeOptions) -> int:
     print("bytes per device, before gradients and activations:")
     for name, size in result["bytes_per_device"].items():
         print(f"  {name:<40}{size:>16,}")
+    print("names of dimensions, and the mesh axes that split them:")
+    for name, split in result["rules"].items():
+        print(f"  {name:<40}{', '.join(split) or '-'}")
+    for name, reason in result["left_whole"].items():
+        print(f"left whole: {name}: {reason}")
     for array in result["arrays"]:
         shape, split = " x ".join(map(str, array["shape"])) or "scalar", array["sharding"]
         print(f"  {array['name']:<50} {shape:<20} {split:<40} {array['bytes_per_device']:>14,}")
@@ -244,11 +254,13 @@ def describe_config(config: Config) -> dict[str, Any]:
     from jax.sharding import AbstractMesh
 
     from transformer.checkpointing.run import for_platform, resolve
-    from transformer.config import MESH_AXES, mesh_axes
+    from transformer.config import mesh_axes
     from transformer.models import flops, parameters
     from transformer.models.transformer import Transformer
     from transformer.objectives import vocabulary
     from transformer.optimizers import make_optimizer
+    from transformer.parallel.rules import left_whole
+    from transformer.parallel.sharding import rules_in_use, use_rules
     from transformer.training.state import abstract_state, state_shardings
 
     fixed = math.prod(size for axis in MESH_AXES if (size := getattr(config.parallel, axis)) > 0)
@@ -260,7 +272,11 @@ def describe_config(config: Config) -> dict[str, Any]:
     model = Transformer(for_platform(config.model, jax.default_backend()))
     specs = parameters.parameter_specs(model)
     optimizer = make_optimizer(config, specs)
-    layouts: Any = state_shardings(model, optimizer, AbstractMesh(tuple(axes.values()), tuple(axes)))
+    with use_rules(config):
+        rules = dict(rules_in_use.value)
+        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        layouts: Any = state_shardings(model, optimizer, mesh, config.parallel)
+        whole = left_whole(config.model, specs, axes)
     state = abstract_state(model, optimizer, layouts)
     arrays, totals = [], {"params": 0, "opt_state": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -289,6 +305,8 @@ def describe_config(config: Config) -> dict[str, Any]:
         "forward_flops_per_sequence": flops.forward_flops(config.model, length, source),
         "forward_products": [dataclasses.asdict(item) for item in flops.forward_products(config.model, length, source)],
         "mesh": axes,
+        "rules": rules,
+        "left_whole": whole,
         "bytes_per_device": totals,
         "arrays": arrays,
     }

@@ -328,6 +328,34 @@ def test_remat_policies_and_scan_are_different_programs(model_config, batch):
     assert memory["full"] < memory["dots"] < memory["none"]
 
 
+@pytest.mark.parametrize(
+    ("names", "again"),
+    [
+        (("heads", "mixer_output", "feedforward_hidden"), 2),  # those of attention
+        (("heads", "feedforward_hidden"), 3),  # and the projection of what it gathered
+        (("mixer_output",), 6),
+    ],
+)
+def test_named_activations_are_not_computed_again(names, again, model_config, batch):
+    def traced(remat: str) -> Any:
+        model, params = build(model_config, scan_layers=True, remat=remat, remat_names=names)
+        return differentiated.trace(model, params, batch).jaxpr.jaxpr
+
+    plain, kept, offloaded = (traced(remat) for remat in ("none", "names", "offload"))
+    assert multiplications(kept) == multiplications(offloaded) == multiplications(plain) + again
+    assert "pinned_host" in str(offloaded) or "<host>" in str(offloaded)
+    assert "host" not in str(kept)
+
+
+def test_nor_do_kept_or_offloaded_activations_change_the_gradient(model_config, batch):
+    expected, *others = (
+        differentiated(*build(model_config, scan_layers=True, remat=remat), batch)
+        for remat in ("none", "names", "offload")
+    )
+    for actual in others:
+        assert distance(actual, expected) < 2e-6
+
+
 def test_dropout_acts_only_with_a_key_and_is_a_function_of_it(model_config, batch):
     model, params = build(model_config, dropout=0.3)
     plain, _ = build(model_config)

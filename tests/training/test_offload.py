@@ -39,7 +39,7 @@ def test_steps_are_the_same_to_the_bit(
         mesh = make_mesh(config, jax.devices()[: math.prod(parallel.values())])
         model = Transformer(config.model)
         rule = make_optimizer(config, parameter_specs(model))
-        shardings = state_shardings(model, rule, mesh, offload)
+        shardings = state_shardings(model, rule, mesh, config.parallel)
         with jax.set_mesh(mesh):
             state = create_state(config, model, rule, shardings)
             step = compile_step(

@@ -16,7 +16,7 @@ from transformer.models.parameters import num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, vocabulary, with_window
 from transformer.optimizers import make_optimizer
-from transformer.parallel.sharding import batch_sharding, make_mesh
+from transformer.parallel.sharding import batch_sharding, make_mesh, use_rules
 from transformer.training.state import TrainState, abstract_state, create_state, state_shardings
 from transformer.training.step import compile_step, make_train_step
 
@@ -39,20 +39,19 @@ class Program:
     def __call__(self) -> dict[str, jax.Array]:
         """Takes one step and returns its metrics."""
         self.start()
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), use_rules(self.config):
             self.state, metrics = self.compiled(self.state, self.batch)
         return metrics
 
     def start(self) -> None:
         """Makes the first state, if there is none: what has to be done before a step is timed."""
         if self.state is None:
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), use_rules(self.config):
                 self.state = jax.block_until_ready(create_state(self.config, self.model, *self._optimizer()))
 
     def _optimizer(self) -> tuple[Any, TrainState]:
         optimizer = make_optimizer(self.config, parameter_specs(self.model))
-        offload = self.config.parallel.offload_optimizer
-        return optimizer, state_shardings(self.model, optimizer, self.mesh, offload)
+        return optimizer, state_shardings(self.model, optimizer, self.mesh, self.config.parallel)
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +82,11 @@ class Program:
         parts = flops.forward_flops(config.model, length, source_length(config))
         parts.pop("attention_scores")
         layers = {name: count for name, count in parts.items() if name != "logits"}
-        again = {"none": (), "full": tuple(layers), "dots": ("attention_scores_causal",)}[config.model.remat]
+        named = {"attention_projections": {"heads", "mixer_output"}, "feedforward": {"feedforward_hidden"}}
+        kept = set() if config.model.remat == "full" else named.keys()
+        if config.model.remat in ("names", "offload"):
+            kept = {part for part, names in named.items() if names <= set(config.model.remat_names)}
+        again = () if config.model.remat == "none" else tuple(name for name in layers if name not in kept)
         logits = parts["logits"] if 0 < config.objective.logit_chunk < length else 0
         return float(config.train.batch_size * (logits + sum(layers[name] for name in again)))
 
@@ -104,9 +107,9 @@ def make_program(config: Config) -> Program:
     config = resolve(with_window(config), size, labels)
     model = Transformer(for_platform(config.model, jax.default_backend()))
     optimizer = make_optimizer(config, parameter_specs(model))
-    shardings = state_shardings(model, optimizer, mesh, config.parallel.offload_optimizer)
     rows = batch_sharding(mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), use_rules(config):
+        shardings = state_shardings(model, optimizer, mesh, config.parallel)
         batch = {name: jax.device_put(array, rows) for name, array in made_up(config).items()}
         step = make_train_step(config, model, optimizer, shardings)
         start = time.perf_counter()

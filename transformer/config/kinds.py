@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from typing import get_args
 
 from transformer.config.model import RECURRENT, LayerKind, LinearMixer, Mixer, ModelConfig
-from transformer.config.schema import Config, known_vocab_size
+from transformer.config.schema import Config, DataConfig, DataKind, OptimizerConfig, known_vocab_size, nearest
+
+REMAT_NAMES = ("heads", "mixer_output", "feedforward_hidden")
+"""Activations that carry a name for `model.remat`."""
+
+_PAIRS = (("source_path", "target_path"), ("validation_source_path", "validation_target_path"))
 
 _WITH_KEYS = ("attention", "latent_attention")
 
@@ -108,3 +113,55 @@ def eight_bit_problems(model: ModelConfig) -> Iterator[str]:
     if importlib.util.find_spec("qwix") is None:
         wanted = f"model.matrix_products = {model.matrix_products!r}"
         yield f"{wanted} needs the package qwix (pip install 'transformer[quantization]')"
+
+
+def remat_problems(model: ModelConfig) -> Iterator[str]:
+    """Yields a sentence for each name that no activation has; without any, it would be `full` by another name."""
+    for name in model.remat_names:
+        if name not in REMAT_NAMES:
+            known = ", ".join(REMAT_NAMES)
+            yield f"model.remat_names: {name!r} is none of {known}{nearest(name, REMAT_NAMES)}"
+    if not model.remat_names:
+        yield f"model.remat = {model.remat!r} needs model.remat_names; 'full' keeps nothing"
+
+
+def schedule_free_problems(optimizer: OptimizerConfig) -> Iterator[str]:
+    name = f"optimizer.name = {optimizer.name!r}"
+    if optimizer.schedule != "constant":
+        wanted = "averages in the place of a schedule: it needs 'constant'"
+        yield f"optimizer.schedule = {optimizer.schedule!r}: {name} {wanted}"
+    if optimizer.beta1 == 0:
+        yield f"optimizer.beta1 = {optimizer.beta1}: {name} needs more than 0"
+    if optimizer.ema_decay:
+        yield f"optimizer.ema_decay = {optimizer.ema_decay}: {name} averages the weights already; leave it at 0"
+
+
+def source_problems(data: DataConfig, kind: DataKind, name: str) -> Iterator[str]:
+    """Yields a sentence for each mistake in where examples come from that are not windows of text; `name` says whose."""
+    given = [key for pair in _PAIRS for key in pair if getattr(data, key)]
+    for pair in _PAIRS if kind == "pairs" else ():
+        for one, other in (pair, pair[::-1]):
+            if one in given and other not in given:
+                yield f"data.{one} is given without data.{other}: every text to read needs one to write"
+    if kind != "pairs" and given:
+        yield f"data.{given[0]} = {getattr(data, given[0])!r}: only 'seq2seq' learns from pairs, not {name}"
+    elif given and not (data.path or data.source_path or data.target_path):
+        yield f"data.{given[0]} holds out pairs of data.source_path, which is not given: use data.validation_documents"
+    if kind != "text" and data.validation_tail is not None:
+        yield f"data.validation_tail = {data.validation_tail}: {name} holds out whole examples (data.validation_documents)"
+    if kind != "text" and "python_stdlib" in data.source and not data.path and not given:
+        fields = (
+            "data.source_field and data.target_field" if kind == "pairs" else "data.text_field and data.label_field"
+        )
+        files = "data.source_path and data.target_path, or " if kind == "pairs" else ""
+        records = f"records with {fields} by data.path, tfds:NAME or hf:NAME"
+        wanted = "pairs" if kind == "pairs" else "texts with labels"
+        yield f"data.source = 'python_stdlib' has no {wanted}, which {name} needs: give {files}{records}"
+
+
+def scaling_problems(config: Config) -> Iterator[str]:
+    model, length = config.model, config.data.sequence_length
+    if length > model.rotary_original_length:
+        limit = f"data.sequence_length = {length} beyond {model.rotary_original_length}"
+        reason = "texts in one row would be turned as the longest of them; train with another scaling"
+        yield f"model.rotary_scaling = 'dynamic_ntk' with {limit} (model.rotary_original_length): {reason}"

@@ -150,6 +150,8 @@ class ModelConfig:
     """Tokens of a row that an expert takes, as a multiple of its even share; None: as many as choose it."""
     balance_loss: float = 0.01
     """Weight of the loss that spreads tokens over experts."""
+    expert_pieces: int = 1
+    """Parts of a device's tokens that travel one after another to experts on other devices, where none is dropped."""
     router_z_loss: float = 0.0
     """Weight of the squared log-partition function of the router."""
     balance_bias_rate: float = 0.0
@@ -212,8 +214,12 @@ class ModelConfig:
     # How it is run.
     scan_layers: bool | None = None
     """Compile one block and loop over it (fast to compile) or unroll all; None: unroll on CPU, loop elsewhere."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    remat: Literal["none", "dots", "full", "names", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, whole blocks, or all but what remat_names says,
+    which is kept (`names`) or waits in the host's memory (`offload`)."""
+    remat_names: tuple[str, ...] = ("heads", "mixer_output", "feedforward_hidden")
+    """Activations of a block that `names` and `offload` keep: queries, keys and values, what mixing adds to the residual
+    stream, and the MLP's before its activation function."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of weights inside matrix products; parameters and softmax stay in float32."""
     matrix_products: Literal["compute_dtype", "int8", "fp8"] = "compute_dtype"

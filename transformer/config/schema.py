@@ -261,6 +261,12 @@ class ParallelConfig:
     """Heads, MLP and vocabulary split within each layer (Megatron)."""
     stage: int = 1
     """Layers split, one after another: a pipeline through which microbatches pass."""
+    sequence_sharding: bool = False
+    """Split the residual stream's length over `tensor` too: norms and dropout work on a part (Korthikanti et al. 2022)."""
+    shard_optimizer: bool = False
+    """Split the optimizer's moments and the update over `replica` too, which keeps whole parameters (ZeRO-1)."""
+    rules: tuple[str, ...] = ()
+    """Which mesh axes split what, each NAME=AXIS,AXIS (nothing after =: whole), instead of the table `describe` prints."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments in the host's memory: less on each device, and a transfer both ways in every step."""
     cpu_devices: int = 0

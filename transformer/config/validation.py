@@ -17,7 +17,6 @@ from transformer.config.schema import (
     get,
     keys,
     known_vocab_size,
-    mesh_axes,
     nearest,
     source_length,
     warmup_steps,
@@ -117,32 +116,14 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 """What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
 
-_PAIRS = (("source_path", "target_path"), ("validation_source_path", "validation_target_path"))
-
 
 def _example_problems(config: Config) -> Iterator[str]:
     """What the objective learns from, and where that comes from."""
     data, model, kind = config.data, config.model, data_kind(config)
     name = f"objective.name = {config.objective.name!r}"
-    given = [key for pair in _PAIRS for key in pair if getattr(data, key)]
-    for pair in _PAIRS if kind == "pairs" else ():
-        for one, other in (pair, pair[::-1]):
-            if one in given and other not in given:
-                yield f"data.{one} is given without data.{other}: every text to read needs one to write"
-    if kind != "pairs" and given:
-        yield f"data.{given[0]} = {getattr(data, given[0])!r}: only 'seq2seq' learns from pairs, not {name}"
-    elif given and not (data.path or data.source_path or data.target_path):
-        yield f"data.{given[0]} holds out pairs of data.source_path, which is not given: use data.validation_documents"
-    if kind != "text" and data.validation_tail is not None:
-        yield f"data.validation_tail = {data.validation_tail}: {name} holds out whole examples (data.validation_documents)"
-    if kind != "text" and "python_stdlib" in data.source and not data.path and not given:
-        fields = (
-            "data.source_field and data.target_field" if kind == "pairs" else "data.text_field and data.label_field"
-        )
-        files = "data.source_path and data.target_path, or " if kind == "pairs" else ""
-        records = f"records with {fields} by data.path, tfds:NAME or hf:NAME"
-        wanted = "pairs" if kind == "pairs" else "texts with labels"
-        yield f"data.source = 'python_stdlib' has no {wanted}, which {name} needs: give {files}{records}"
+    paths = (data.source_path, data.target_path, data.validation_source_path, data.validation_target_path)
+    if kind != "text" or any(paths):
+        yield from importlib.import_module("transformer.config.kinds").source_problems(data, kind, name)
     if model.architecture not in (fitting := ARCHITECTURES[config.objective.name]):
         yield f"model.architecture = {model.architecture!r}: {name} needs {' or '.join(map(repr, fitting))}"
     if (config.objective.name == "multi_token") != (model.num_future_tokens > 0):
@@ -178,10 +159,10 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
         yield from importlib.import_module("transformer.config.kinds").bucket_problems(model)
     if model.matrix_products != "compute_dtype":
         yield from importlib.import_module("transformer.config.kinds").eight_bit_problems(model)
-    if model.rotary_scaling == "dynamic_ntk" and config.data.sequence_length > model.rotary_original_length:
-        limit = f"data.sequence_length = {config.data.sequence_length} beyond {model.rotary_original_length}"
-        reason = "texts in one row would be turned as the longest of them; train with another scaling"
-        yield f"model.rotary_scaling = 'dynamic_ntk' with {limit} (model.rotary_original_length): {reason}"
+    if model.remat in ("names", "offload"):
+        yield from importlib.import_module("transformer.config.kinds").remat_problems(model)
+    if model.rotary_scaling == "dynamic_ntk":
+        yield from importlib.import_module("transformer.config.kinds").scaling_problems(config)
     yield from _layer_problems(config)
     if model.attention_implementation != "auto":
         yield from importlib.import_module("transformer.config.implementations").problems_of_attention(config, platform)
@@ -257,7 +238,7 @@ def _run_problems(config: Config) -> Iterator[str]:
         parts = f"train.num_microbatches = {train.num_microbatches}"
         yield f"train.batch_size = {train.batch_size} is not divisible by {parts}"
     elif min(shards := [getattr(parallel, axis) for axis in DATA_AXES]) > 0 and train.num_microbatches > 0:
-        yield from _batch_problems(config, math.prod(shards))
+        yield from importlib.import_module("transformer.config.splits").batch_problems(config, math.prod(shards))
     free = [f"parallel.{name}" for name in MESH_AXES if getattr(parallel, name) == -1]
     if len(free) > 1:
         yield f"{' = '.join(free)} = -1: only one axis can be what the others leave"
@@ -278,40 +259,17 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
     optimizer, name = config.optimizer, f"optimizer.name = {config.optimizer.name!r}"
     if optimizer.name == "sgd" and config.model.parametrization == "mup":
         yield f"{name} has no learning rates that follow the width: model.parametrization = 'mup' needs another"
-    if config.parallel.offload_optimizer and (optimizer.ema_decay or optimizer.name == "schedule_free"):
+    apart = [key for key in ("offload_optimizer", "shard_optimizer") if getattr(config.parallel, key)]
+    for key in apart if optimizer.ema_decay or optimizer.name == "schedule_free" else ():
         average = name if optimizer.name == "schedule_free" else f"optimizer.ema_decay = {optimizer.ema_decay}"
-        yield f"parallel.offload_optimizer = True: {average} keeps an average that is evaluated on the devices"
-    if optimizer.name != "schedule_free":
-        return
-    if optimizer.schedule != "constant":
-        wanted = "averages in the place of a schedule: it needs 'constant'"
-        yield f"optimizer.schedule = {optimizer.schedule!r}: {name} {wanted}"
-    if optimizer.beta1 == 0:
-        yield f"optimizer.beta1 = {optimizer.beta1}: {name} needs more than 0"
-    if optimizer.ema_decay:
-        yield f"optimizer.ema_decay = {optimizer.ema_decay}: {name} averages the weights already; leave it at 0"
+        yield f"parallel.{key} = True: {average} keeps an average that is evaluated as the parameters are"
+    if optimizer.name == "schedule_free":
+        yield from importlib.import_module("transformer.config.kinds").schedule_free_problems(optimizer)
 
 
 def mesh_problems(config: Config, num_devices: int) -> list[str]:
-    """Returns what is wrong between the mesh, the batch and the number of devices."""
-    axes = {name: getattr(config.parallel, name) for name in MESH_AXES}
-    fixed = math.prod(size for size in axes.values() if size != -1)
-    wanted = " x ".join(f"parallel.{name} = {size}" for name, size in axes.items())
-    free = -1 in axes.values()
-    if num_devices % fixed if free else num_devices != fixed:
-        devices = f"{num_devices} device{'s' * (num_devices != 1)}"
-        return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
-    sizes = mesh_axes(config, num_devices)
-    return _batch_problems(config, math.prod(sizes[axis] for axis in DATA_AXES))
-
-
-def _batch_problems(config: Config, shards: int) -> list[str]:
-    batches = {"train.batch_size / train.num_microbatches": config.train.batch_size // config.train.num_microbatches}
-    if config.evaluation.batch_size is not None:
-        batches["evaluation.batch_size"] = config.evaluation.batch_size
-    axes = " x ".join(f"parallel.{axis}" for axis in DATA_AXES)
-    devices = f"the {shards} data-parallel devices ({axes})"
-    return [f"{key} = {size} is not divisible by {devices}" for key, size in batches.items() if size % shards]
+    """Returns what is wrong between the mesh, what it splits and the number of devices."""
+    return importlib.import_module("transformer.config.splits").mesh_problems(config, num_devices)
 
 
 def validate(config: Config, num_devices: int | None = None, platform: str | None = None) -> Config:

@@ -201,8 +201,9 @@ def _generations(
 
     from transformer.checkpointing.loading import load_parameters
     from transformer.inference.prompts import batches_by_length, check_prompts
+    from transformer.parallel.sharding import use_rules
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), use_rules(config):
         model, params, _ = load_parameters(run, mesh, options.step, options.best, options.average)
         check_prompts(model, run.tokenizer, prompts, options.max_tokens, options.target_prefix, options.gap)
         method = _method(options, run, config, mesh, model, params, on_text)

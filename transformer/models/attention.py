@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from transformer.config import LayerKind, ModelConfig
@@ -25,7 +26,8 @@ KEY_AXES = ("batch", "kv_heads", "length", "head_width")
 
 def split_heads(x: Float[Array, "B T E"], count: int, name: str) -> Float[Array, "B T N H"]:
     """Returns heads that are stored side by side, apart."""
-    return constrain(x.reshape(*x.shape[:2], count, -1), "batch", "length", name, "head_width")
+    x = constrain(x.reshape(*x.shape[:2], count, -1), "batch", "length", name, "head_width")
+    return checkpoint_name(x, "heads")
 
 
 def attention_scale(config: ModelConfig) -> float:

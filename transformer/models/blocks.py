@@ -1,6 +1,7 @@
 """Blocks and stacks of them: mixing and MLP in alternation, each added to the residual stream."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from transformer.config import LayerKind, ModelConfig
@@ -50,7 +52,7 @@ class Block(nnx.Module):
         def mix(y: Array) -> Array:
             update, new = self.mixer(y, context, caches.get("mixer"), layer)
             caches.update({} if new is None else {"mixer": new})
-            return update
+            return checkpoint_name(update, "mixer_output")
 
         def read(y: Array) -> Array:
             assert self.cross is not None
@@ -92,7 +94,7 @@ class Block(nnx.Module):
         update = dropout(update, config.dropout, key)
         if config.residual_scale != 1:
             update = update * config.residual_scale
-        x = constrain(x + update if config.residuals else update, "batch", "length", "hidden")
+        x = constrain(x + update if config.residuals else update, "batch", "residual_length", "hidden")
         return norm(x) if is_post else x
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
@@ -193,8 +195,9 @@ class Stack(nnx.Module):
 
 def rematerialized(config: ModelConfig, run: Callable[..., Any], prevent_cse: bool = True) -> Callable[..., Any]:
     """Returns `run`, one layer, so that it keeps for its gradient no more than `remat` says."""
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    return run if config.remat == "none" else jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
+    if config.remat == "none":
+        return run
+    return importlib.import_module("transformer.models.remat").rematerialized(config, run, prevent_cse)
 
 
 def fold_in(key: PRNGKeyArray | None, number: Any) -> PRNGKeyArray | None:

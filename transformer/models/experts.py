@@ -2,13 +2,15 @@
 arXiv:1701.06538)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from transformer.config import ModelConfig
 from transformer.models.feedforward import Auxiliary
@@ -18,6 +20,7 @@ from transformer.models.mixers import Context
 from transformer.models.mlp import ACTIVATIONS, MLP
 from transformer.models.parameters import normal, parameter
 from transformer.models.routing import Choices, Router, Scores, capacity, choose_tokens
+from transformer.parallel.exchange import Axis, send, send_back
 from transformer.parallel.sharding import constrain, partition_spec
 
 Weights = dict[str, Float[Array, "X I O"]]
@@ -73,8 +76,10 @@ def run(
 ) -> Float[Array, "... D"]:
     """Returns what the experts make of rows, `product` being that of rows with the matrix of their expert."""
     activation = ACTIVATIONS[config.activation]
-    hidden = product(rows, weights["up"])
-    hidden = hidden * activation(product(rows, weights["gate"])) if "gate" in weights else activation(hidden)
+    made = {
+        name: checkpoint_name(product(rows, weights[name]), "feedforward_hidden") for name in weights if name != "down"
+    }
+    hidden = made["up"] * activation(made["gate"]) if "gate" in made else activation(made["up"])
     return product(hidden, weights["down"])
 
 
@@ -89,35 +94,78 @@ def dropless(
     """Returns what the experts add to tokens, all choices sorted by expert and multiplied group by group.
 
     Each device of a mesh sorts the choices of its own rows. Left to the compiler, a sort would gather those of all.
+    Where experts are split over devices, each token travels to those that it chose, and back.
     """
-
-    def local(weights: Weights, x: Array, choices: Choices) -> Array:
-        experts = choices.experts.reshape(1, -1, choices.experts.shape[2])
-        order, sizes, rank = sort_by_group(experts, config.num_experts)
-        starts, places = jnp.cumsum(sizes[0]) - sizes[0], experts.size
-        is_made = experts < config.num_experts
-        target = jnp.where(is_made, jnp.take(starts, experts, mode="clip") + rank, places)
-        source = jnp.where(jnp.arange(places) < jnp.sum(sizes), order, places)
-        flat = x.reshape(1, -1, x.shape[2])
-        rows = dispatch(flat, source, target)[0]
-        rows = run(config, weights, rows, lambda rows, matrix: grouped_product(rows, matrix, sizes[0]))[None]
-        return combine(collect(rows, source, target), choices.weights.reshape(experts.shape)).reshape(x.shape)
-
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(weights, x, choices)
-    rows = partition_spec(("batch", "length", "hidden"), x.shape, mesh.shape)
-    (hidden,) = partition_spec(("mlp",), (config.expert_dim,), mesh.shape)
-    layouts = {name: PartitionSpec(None, None, hidden) for name in weights} | {
-        "down": PartitionSpec(None, hidden, None)
-    }
+    dims = ("experts", "mlp")
+    over, hidden = partition_spec(dims, (config.num_experts, config.expert_dim), mesh.shape)
 
     def part(weights: Weights, x: Array, choices: Choices) -> Array:
-        y = local(weights, x, choices)
+        tokens, experts = x.reshape(-1, x.shape[2]), choices.experts.reshape(-1, choices.experts.shape[2])
+        if over is None:
+            made = by_group(config, weights, tokens, experts)
+        else:
+            made = on_other_devices(config, weights, tokens, experts, over)
+        y = combine(made.reshape(*choices.experts.shape, -1), choices.weights)
         return y if hidden is None else jax.lax.psum(y, hidden)
 
+    if mesh.empty or mesh.size == 1:
+        return part(weights, x, choices)
+    rows = partition_spec(("batch", "length", "hidden"), x.shape, mesh.shape)
+    layouts = {name: PartitionSpec(over, None, hidden) for name in weights} | {
+        "down": PartitionSpec(over, hidden, None)
+    }
     mapped = jax.shard_map(part, in_specs=(layouts, rows, rows), out_specs=rows, check_vma=False)
     return mapped(weights, x, choices)
+
+
+def places_of(experts: Int[Array, "T K"], count: int) -> tuple[Int[Array, "1 M"], Int[Array, "1 T K"], Int[Array, "X"]]:
+    """Returns the choice that each place is for when choices are sorted by expert, the place of each choice, and the
+    number of each expert's; `count` experts, and as a choice none."""
+    experts = experts[None]
+    order, sizes, rank = sort_by_group(experts, count)
+    starts = jnp.cumsum(sizes[0]) - sizes[0]
+    target = jnp.where(experts < count, jnp.take(starts, experts, mode="clip") + rank, experts.size)
+    source = jnp.where(jnp.arange(experts.size) < jnp.sum(sizes), order, experts.size)
+    return source, target, sizes[0]
+
+
+def by_group(
+    config: ModelConfig, weights: Weights, x: Float[Array, "T D"], experts: Int[Array, "T K"]
+) -> Float[Array, "T K D"]:
+    """Returns what the chosen ones of the experts at hand make of each token, zero where none is chosen."""
+    source, target, sizes = places_of(experts, len(weights["up"]))
+    rows = dispatch(x[None], source, target)[0]
+    rows = run(config, weights, rows, lambda rows, matrix: grouped_product(rows, matrix, sizes))
+    return collect(rows[None], source, target)[0]
+
+
+def on_other_devices(
+    config: ModelConfig, weights: Weights, x: Float[Array, "T D"], experts: Int[Array, "T K"], axis: Axis
+) -> Float[Array, "T K D"]:
+    """Does the same where the experts at hand are this device's share of those along a mesh axis.
+
+    However unevenly tokens choose, none is dropped: a device has room for all choices of all n devices of the axis, n
+    times what one device makes. `expert_pieces` divides that, at the price of as many rounds, made anew for the gradient.
+    """
+    size, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+
+    def piece(given: tuple[Array, Array]) -> Array:
+        source, target, sizes = places_of(given[1], config.num_experts)
+        counts = jax.lax.all_gather(sizes, axis).reshape(size, size, -1)  # from, to, expert there
+        between = jnp.sum(counts, axis=2)
+        rows = dispatch(given[0][None], source, target)[0]
+        received = send(rows, between, axis)
+        ends = jnp.cumsum(counts[:, here], axis=1)
+        chosen = jnp.sum(jnp.arange(len(rows))[None, :, None] >= ends[:, None], axis=2)
+        made = by_group(config, weights, received.reshape(-1, x.shape[1]), chosen.reshape(-1, 1))
+        return collect(send_back(made.reshape(received.shape), between, axis)[None], source, target)[0]
+
+    pieces = math.gcd(config.expert_pieces, len(x))
+    if pieces == 1:
+        return piece((x, experts))
+    split = jax.tree.map(lambda y: y.reshape(pieces, -1, y.shape[1]), (x, experts))
+    return jax.lax.map(jax.checkpoint(piece), split).reshape(*experts.shape, -1)
 
 
 def with_capacity(
@@ -161,5 +209,9 @@ def by_expert_choice(
 
 
 def run_places(config: ModelConfig, weights: Weights, rows: Float[Array, "B X C D"]) -> Float[Array, "B X C D"]:
-    """Returns what each expert makes of its places."""
-    return run(config, weights, rows, lambda rows, matrix: jnp.einsum("bxci,xio->bxco", rows, matrix))
+    """Returns what each expert makes of its places: those of all rows of the batch go to the device of their expert, and
+    what it made of them back (Lepikhin et al. 2020, section 3)."""
+    at_home, away = ("batch", "places", "places", "hidden"), ("groups", "experts", "places", "hidden")
+    rows = constrain(constrain(rows, *at_home), *away)
+    rows = run(config, weights, rows, lambda rows, matrix: jnp.einsum("bxci,xio->bxco", rows, matrix))
+    return constrain(constrain(rows, *away), *at_home)

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from transformer.config import ModelConfig
@@ -37,9 +38,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], Auxiliary]:
         activation = ACTIVATIONS[self.config.activation]
-        hidden = materialize(constrain(self.up(x), "batch", "length", "mlp"))
+        hidden = self._hidden(self.up, x)
         if self.gate is None:
             hidden = activation(hidden)
         else:
-            hidden = hidden * activation(materialize(constrain(self.gate(x), "batch", "length", "mlp")))
+            hidden = hidden * activation(self._hidden(self.gate, x))
         return self.down(materialize(hidden)), {}
+
+    def _hidden(self, linear: Linear, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        return checkpoint_name(materialize(constrain(linear(x), "batch", "length", "mlp")), "feedforward_hidden")

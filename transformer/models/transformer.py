@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
                 x = x + constrain(self.positions[...].astype(x.dtype), "positions", "hidden")[positions]
             elif config.positions == "sinusoidal":
                 x = x + sinusoidal_positions(positions, config.width).astype(x.dtype)
-            return constrain(dropout(x, config.dropout, key), "batch", "length", "hidden")
+            return constrain(dropout(x, config.dropout, key), "batch", "residual_length", "hidden")
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Returns float32 logits over the padded vocabulary; those of padding columns are `MASKED_LOGIT`. A classifier's

@@ -4,6 +4,8 @@ The compiler (GSPMD, Xu et al. 2021, arXiv:2105.04663) inserts the collectives; 
 layout of every parameter and of a few activations.
 """
 
+import contextlib
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +21,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # Activations.
     "batch": DATA_AXES,
     "length": ("context",),
+    "residual_length": ("context",),
     "hidden": (),
+    "whole": (),
+    # Places of experts are split as the batch is, or else by experts: tokens then travel between these devices.
+    "groups": ("replica", "fsdp"),
+    "places": (),
     # Parameters: `fsdp` splits what `tensor` leaves whole, so that every large array is split by both.
     "vocab": ("tensor",),
     "embed": ("fsdp",),
@@ -42,6 +49,17 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+rules_in_use = jax.make_user_context(tuple(RULES.items()))
+"""The table in use, which JAX makes part of the key of what it has traced."""
+
+
+def use_rules(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """Within it, layouts follow the table of this configuration; raises ConfigError for rules that cannot be."""
+    if not config.parallel.rules and not config.parallel.sequence_sharding:
+        return contextlib.nullcontext()
+    return rules_in_use(importlib.import_module("transformer.parallel.rules").make_table(config, RULES))
+
+
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over all devices; raises ConfigError if axes or batch do not divide, or attention runs on others."""
     devices = jax.devices() if devices is None else devices
@@ -59,13 +77,15 @@ def partition_spec(
     axes: Sequence[str],
     shape: Sequence[int],
     sizes: Mapping[str, int],
-    rules: Mapping[str, tuple[str, ...]] = RULES,
+    rules: Mapping[str, tuple[str, ...]] | None = None,
 ) -> PartitionSpec:
     """Returns the layout of an array whose dimensions have the logical names `axes`.
 
     A mesh axis that does not divide its dimension (`sizes` are those of the mesh) leaves it whole. Raises
-    ValueError for a name without a rule, and for two names of one array that land on one mesh axis.
+    ValueError for a name without a rule, and for two names of one array that land on one mesh axis. Without `rules`,
+    those of `use_rules` hold.
     """
+    rules = dict(rules_in_use.value) if rules is None else rules
     entries: list[tuple[str, ...] | str | None] = []
     owner: dict[str, str] = {}
     for name, dim in zip(axes, shape, strict=True):

@@ -23,7 +23,7 @@ from transformer.models.parameters import Tree, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
 from transformer.optimizers import is_averaged, make_optimizer, replace_average
-from transformer.parallel.sharding import global_array, local_rows, make_mesh
+from transformer.parallel.sharding import global_array, local_rows, make_mesh, use_rules
 from transformer.training import DIVERGED
 from transformer.training.evaluation import Evaluator
 from transformer.training.preemption import Signals, Vote
@@ -40,7 +40,7 @@ def run(config: Config, workdir: Path) -> int:
     anything is compiled.
     """
     validate(config)
-    with Signals() as signals:
+    with Signals() as signals, use_rules(config):
         # The mesh and the data, and what of the configuration depends on them.
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
@@ -56,7 +56,7 @@ def run(config: Config, workdir: Path) -> int:
             # Model and optimizer, and where each array of their state lives.
             model = Transformer(for_platform(config.model, jax.default_backend()))
             optimizer = make_optimizer(config, parameter_specs(model))
-            shardings = state_shardings(model, optimizer, mesh, config.parallel.offload_optimizer)
+            shardings = state_shardings(model, optimizer, mesh, config.parallel)
 
             with jax.set_mesh(mesh), Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
                 # The latest checkpoint, whatever mesh it was saved from; without one, a state from the seed.

@@ -1,5 +1,6 @@
 """The training state: what a checkpoint holds, where each array of it lives, and how it begins."""
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.tree_util import DictKey, GetAttrKey
 
-from transformer.config import Config
+from transformer.config import Config, ParallelConfig
 from transformer.models.parameters import (
     ParameterSpec,
     Tree,
@@ -58,9 +59,10 @@ def state_shardings(
     model: Transformer,
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh | AbstractMesh,
-    offload_optimizer: bool = False,
+    parallel: ParallelConfig | None = None,
 ) -> TrainState:
-    """Returns the layout of every array: moments lie where their parameters do, or there on the host; scalars everywhere."""
+    """Returns the layout of every array: moments lie where their parameters do, split over
+    replicas or on the host if `parallel` says so; scalars everywhere."""
     whole, specs = replicated(mesh), parameter_specs(model)
     named = {_names(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)}
 
@@ -68,7 +70,9 @@ def state_shardings(
         spec = named.get(_names(path))
         axes = None if spec is None else _axes_left(spec, leaf.shape, path)
         found = whole if axes is None else sharding(mesh, axes, leaf.shape)
-        return found.with_memory_kind("pinned_host") if offload_optimizer and leaf.ndim else found
+        if parallel is None or not (parallel.shard_optimizer or parallel.offload_optimizer):
+            return found
+        return importlib.import_module("transformer.parallel.moments").place(parallel, found, leaf.shape)
 
     opt_state = jax.eval_shape(optimizer.init, abstract_parameters(model))
     params = map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape), specs)

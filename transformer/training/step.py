@@ -1,5 +1,6 @@
 """The training step: a pure function (state, batch) -> (state, metrics), compiled once."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,10 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the step for `config`; `shardings` pin the gradients to the layout of their parameters."""
     schedule, specs, starts = make_schedule(config), parameter_specs(model), microbatch_starts(config)
-    gradient = make_gradient(config, model, None if shardings is None else shardings.params)
+    layout = None if shardings is None else shardings.params
+    if config.parallel.shard_optimizer and shardings is not None:
+        layout = importlib.import_module("transformer.parallel.moments").split_all(layout, specs)
+    gradient = make_gradient(config, model, layout)
     near = None
     if config.parallel.offload_optimizer:
         assert shardings is not None, "they tell where the moments are brought from"
