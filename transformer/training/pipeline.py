@@ -1,0 +1,339 @@
+"""The gradient of a batch whose microbatches pass through layers that are split over stages: a pipeline.
+
+`jax.shard_map` over `stage` alone, so that the code is that of one stage with its own column of the schedule; the other
+axes stay with the compiler, or with shard_maps inside. A stage keeps nothing of a microbatch but what came in. It computes
+its layers again when the gradient comes back, and that is when losses and statistics are taken. The stages move in step, and
+what only some have to do, embedding and loss, all do in the same tick: those whose result is not used would wait meanwhile.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from transformer.config import Config
+from transformer.models.blocks import Stack, fold_in
+from transformer.models.feedforward import Auxiliary
+from transformer.models.parameters import Tree, bind, is_spec, parameter_specs
+from transformer.models.transformer import Outputs, Transformer, apply, prefixed
+from transformer.objectives import normalize, objective_of
+from transformer.parallel.schedules import IDLE, schedule
+from transformer.parallel.sharding import constrain, partition_spec
+
+STAGE = "stage"
+
+Sums = tuple[Array, dict[str, Array], dict[str, Any]]
+"""Share of the loss, shares of its terms' means, and statistics as (sum, weight)."""
+
+
+def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Callable[..., tuple[Tree, dict[str, Array]]]:
+    """Returns what `training.step.make_gradient` does, for a mesh with stages."""
+    pipeline = Pipeline(config, model)
+
+    def gradient(params: Tree, batch: Mapping[str, Array], key: Any, used: Any = pipeline.parts) -> Any:
+        gradients, (loss, means, statistics), _ = pipeline(params, batch, key, used)
+        gradients = gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
+        reported = means | (normalize(statistics)[1] if statistics else {})
+        return gradients, {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
+
+    return gradient
+
+
+class Seam:
+    """Stands in for a stack whose layers run elsewhere: it shows what they are given, and returns what they have made."""
+
+    def __init__(self, stack: Stack, made: Array | None):
+        self.stack, self.causal, self._made = stack, stack.causal, made
+
+    def __call__(self, x: Array, context: Any, cache: None, key: Any) -> tuple[Array, None, Auxiliary]:
+        bias = self.stack.bias
+        self.x, self.key = x, key
+        self.context = dataclasses.replace(context, bias=None if bias is None else bias())
+        return (x if self._made is None else self.stack.end(self._made)), None, {}
+
+
+class Pipeline:
+    """The program of one model and one schedule. Its main stack is the one that the loss reads; the encoder of a decoder
+    runs before it, all microbatches forward, and after the decoder all gradients back."""
+
+    def __init__(self, config: Config, model: Transformer):
+        self.config, self.model, self.objective = config, model, objective_of(config)
+        self.stages, self.parts, self.rounds = config.parallel.stage, config.train.num_microbatches, config.parallel.rounds
+        self.stacks = [name for name in ("encoder", "decoder") if getattr(model, name) is not None]
+        self.table = schedule(config.parallel.schedule, self.stages, self.parts, self.rounds)
+
+    def __call__(self, params: Tree, batch: Mapping[str, Array], key: Any, used: Any) -> tuple[Tree, Sums, Array]:
+        """Returns gradient, sums, and what passed through the stages, [ticks, stages, 6].
+
+        The last are pairs (microbatch, groups of layers passed) that travelled with what they tell of: with the input that
+        went forward, with the kept one that was taken up again, and with the gradient that came for it.
+        """
+        assert jax.sharding.get_abstract_mesh().shape[STAGE] == self.stages
+        # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
+        whole = self.objective.terms(self.config.objective, apply(self.model, params, batch), batch)
+        weights = {name: weight for name, (_, weight) in (whole.losses | whole.auxiliary).items()}
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), weights, whole.statistics))
+        # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
+        split = {n: x.reshape(-1, self.parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
+        given = (split, key, weights, zero, jnp.int32(used))
+
+        outer = dict(params)
+        for name in self.stacks:
+            outer[name] = {part: tree for part, tree in params[name].items() if part != "layers"}
+        *reading, main = self.stacks
+        run = self._mapped(self._run_main, (PartitionSpec(None, STAGE), *[PartitionSpec()] * 3, PartitionSpec(None, STAGE)))
+        layers = self._staged(main, params[main]["layers"], self.rounds)
+        if not reading:
+            to_layers, to_outer, _, sums, log = run(layers, outer, None, given)
+            gradients = dict(to_outer)
+        else:
+            (encoder,) = reading
+            read = self._mapped(self._run_encoder, (PartitionSpec(STAGE), PartitionSpec(STAGE), PartitionSpec()))
+
+            def memory_of(layers: Tree, outer: Tree) -> Any:
+                memory, losses, sums = read(self._staged(encoder, layers, 1), outer, given)
+                return (memory[-1], jnp.sum(losses)), sums
+
+            (memory, _), back, before = jax.vjp(memory_of, params[encoder]["layers"], outer, has_aux=True)
+            to_layers, to_outer, to_memory, after, log = run(layers, outer, memory, given)
+            to_encoder, more = back((to_memory, jnp.ones(())))
+            sums = jax.tree.map(jnp.add, before, after)
+            gradients = dict(jax.tree.map(jnp.add, to_outer, more))
+            gradients[encoder] = gradients[encoder] | {"layers": to_encoder}
+        to_layers = jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), to_layers, params[main]["layers"])
+        gradients[main] = gradients[main] | {"layers": to_layers}
+        return gradients, sums, log
+
+    def _mapped(self, function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+        """Returns `function` run by each stage: on its own layers and columns of the table, and all of what follows."""
+        table = self.table
+        names = ("forward", "forward_round", "forward_slot", "backward", "backward_round", "backward_slot")
+        columns = {name: jnp.asarray(getattr(table, name)) for name in names}
+        by_stage = PartitionSpec(None, STAGE)
+
+        def local(stage: Array, columns: dict[str, Array], layers: Tree, *rest: Any) -> Any:
+            # The number of a stage as data: a partition's own number is not to be had while other axes are the compiler's.
+            mine = {name: column[:, 0] for name, column in columns.items()}
+            return function(stage[0], mine, jax.tree.map(lambda leaf: leaf[:, 0], layers), *rest)
+
+        def run(layers: Tree, *rest: Any) -> Any:
+            in_specs = (PartitionSpec(STAGE), by_stage, by_stage, *[PartitionSpec()] * len(rest))
+            mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
+            return mapped(jnp.arange(self.stages), columns, layers, *rest)
+
+        return run
+
+    def _staged(self, name: str, layers: Tree, rounds: int) -> Tree:
+        """Returns a stack's parameters as [rounds, stages, layers of a group, ...].
+
+        With several rounds, a stage's groups are not those that it holds in the state, which is in the order of the layers:
+        parameters travel once a step, and gradients back.
+        """
+        sizes = jax.sharding.get_abstract_mesh().shape
+
+        def place(spec: Any, leaf: Array) -> Array:
+            leaf = leaf.reshape(rounds, self.stages, -1, *leaf.shape[1:])
+            rest = partition_spec(spec.axes[1:], spec.shape[1:], sizes)
+            return jax.lax.with_sharding_constraint(leaf, PartitionSpec(None, STAGE, None, *rest))
+
+        return jax.tree.map(place, parameter_specs(getattr(self.model, name).layers), layers, is_leaf=is_spec)
+
+    # What a stage does.
+
+    def _seams(self, outer: Tree, part: Tree, key: Any, **made: Array | None) -> tuple[dict[str, Seam], Outputs]:
+        """Runs all of the model but its layers, which have made what is given, if anything."""
+        model = bind(self.model, outer)
+        seams = {name: Seam(getattr(model, name), made.get(name)) for name in self.stacks}
+        for name, seam in seams.items():
+            setattr(model, name, seam)
+        return seams, model(part, key)
+
+    def _layers(self, name: str, layers: Tree, seam: Seam, x: Array, group: Array, weights: Tree) -> Any:
+        """Runs one group of a stack's layers; returns output, and the layers' own share of the loss with its sums."""
+        first = group * len(jax.tree.leaves(layers)[0])
+        y, _, found = seam.stack.run(layers, x, seam.context, None, seam.key, first)
+        found = found if name == self.stacks[-1] else prefixed(name, found)
+        loss, means = normalize(found["losses"], weights) if found.get("losses") else (jnp.zeros(()), {})
+        return y, loss, (means, found.get("statistics", {}))
+
+    def _part(self, given: Any, number: Array) -> tuple[dict[str, Array], Any]:
+        """Returns a microbatch and its key, those of the first for a stage that rests."""
+        split, key, *_ = given
+        number = jnp.maximum(number, 0)
+        return {name: values[number] for name, values in split.items()}, fold_in(key, number)
+
+    def _move(self, value: Any, by: int) -> Any:
+        """Sends what a stage made to the next, or to the one before; round the ring where there are several rounds."""
+        pairs = [(stage, (stage + by) % self.stages) for stage in range(self.stages)]
+        pairs = [pair for pair in pairs if self.rounds > 1 or pair[1] - pair[0] == by]
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, STAGE, pairs), value)
+
+    def _run_encoder(self, stage: Array, columns: Any, layers: Tree, outer: Tree, given: Any) -> Any:
+        """Returns what the stage made of all microbatches, its share of the loss, and the sums of all stages."""
+        *_, weights, zero, used = given
+        layers = jax.tree.map(lambda leaf: leaf[0], layers)
+
+        def tick(arrived: Array, number: Array) -> Any:
+            part, key = self._part(given, number)
+            seam = self._seams(outer, part, key)[0]["encoder"]
+            x = jnp.where((stage == 0) | (number == IDLE), seam.x, self._move(arrived, 1))
+            y, loss, sums = self._layers("encoder", layers, seam, x, stage, weights)
+            counts = (number != IDLE) & (number < used)
+            return y, (y, *jax.tree.map(lambda value: jnp.where(counts, value, 0), (loss, sums)))
+
+        like = jax.eval_shape(lambda: self._seams(outer, *self._part(given, stage))[0]["encoder"].x)
+        ticks = columns["forward"][: self.parts + self.stages - 1]
+        start = constrain(jnp.zeros(like.shape, like.dtype), "batch", "length", "hidden")
+        _, (made, losses, (means, statistics)) = jax.lax.scan(jax.checkpoint(tick), start, ticks)
+        loss = jnp.sum(losses)
+        total = _add(zero, jax.tree.map(lambda value: jnp.sum(value, axis=0), (losses, means, statistics)))
+        return made[None, self.stages - 1 :], loss[None], jax.lax.psum(jax.lax.stop_gradient(total), STAGE)
+
+    def _run_main(
+        self, stage: Array, columns: Any, layers: Tree, outer: Tree, memory: Float[Array, "M B S D"] | None, given: Any
+    ) -> Any:
+        """Returns the stage's gradients of its layers, and of all stages those of the other parameters and of `memory`, the
+        sums, and the log."""
+        name, weights, zero, used = self.stacks[-1], *given[2:]
+        last = self.stages * self.rounds - 1
+
+        def front(outer: Tree, memory: Array | None, number: Array) -> Seam:
+            return self._seams(outer, *self._part(given, number), encoder=memory)[0][name]
+
+        def through(layers: Tree, outer: Tree, memory: Array | None, x: Array, number: Array, group: Array) -> Any:
+            y, loss, sums = self._layers(name, layers, front(outer, memory, number), x, group, weights)
+            return (y, loss), sums
+
+        def loss_of(outer: Tree, memory: Array | None, y: Array, number: Array) -> Any:
+            part, key = self._part(given, number)
+            _, outputs = self._seams(outer, part, key, **{"encoder": memory, name: y})
+            terms = self.objective.terms(self.config.objective, outputs, part)
+            loss, means = normalize(terms.losses | terms.auxiliary, weights)
+            return loss, (means, terms.statistics)
+
+        def of_round(number: Array) -> Tree:
+            return jax.tree.map(lambda leaf: leaf[jnp.maximum(number, 0)], layers)
+
+        def read_by(number: Array) -> Array | None:
+            return None if memory is None else memory[jnp.maximum(number, 0)]
+
+        def forward(state: Any, row: Any) -> tuple[Any, Array]:
+            number, group = row["forward"], row["forward_round"] * self.stages + stage
+            source = read_by(number)
+            x, tag = self._move(state["ahead"], 1)
+            x = jax.lax.cond(
+                row["enters"], lambda: jnp.where(group == 0, front(outer, source, number).x, x), lambda: x
+            )
+            tag = jnp.where(group == 0, jnp.stack([number, group]), tag)
+            slot = jnp.maximum(row["forward_slot"], 0)
+            kept = jax.tree.map(
+                lambda all, new: all.at[slot].set(jnp.where(number == IDLE, all[slot], new)), state["kept"], (x, tag)
+            )
+            (y, _), _ = through(of_round(row["forward_round"]), outer, source, x, number, group)
+            return state | {"kept": kept, "ahead": (y, tag + _PASSED)}, tag
+
+        def backward(state: Any, row: Any) -> tuple[Any, Array]:
+            number, group = row["backward"], row["backward_round"] * self.stages + stage
+            counts = (number != IDLE) & (number < used)
+            source = read_by(number)
+            x, tag = jax.tree.map(lambda all: all[jnp.maximum(row["backward_slot"], 0)], state["kept"])
+            ahead, ahead_tag = self._move(state["back"], -1)
+            arguments = (of_round(row["backward_round"]), outer, source, x)
+            (y, loss), pull, sums = jax.vjp(lambda *a: through(*a, number, group), *arguments, has_aux=True)
+            state = state | {"sums": _add(state["sums"], _where(counts, (loss, *sums)))}
+
+            def finish(ahead: Array, collected: Any, sums: Sums) -> Any:
+                # What counts is the loss of the last group alone.
+                is_end = counts & (group == last)
+                loss, pull, found = jax.vjp(lambda *a: loss_of(*a, number), outer, source, y, has_aux=True)
+                to_outer, to_source, to_y = pull(_where(is_end, jnp.ones(())))
+                collected = collect(collected, number, to_outer, to_source)
+                return jnp.where(group == last, to_y, ahead), collected, _add(sums, _where(is_end, (loss, *found)))
+
+            def collect(collected: Any, number: Array, to_outer: Tree, to_source: Array | None) -> Any:
+                of_outer, of_memory = collected
+                if to_source is not None:
+                    of_memory = of_memory.at[jnp.maximum(number, 0)].add(to_source)
+                return jax.tree.map(jnp.add, of_outer, to_outer), of_memory
+
+            ahead_tag = jnp.where(group == last, tag + _PASSED, ahead_tag)
+            ahead, collected, sums = jax.lax.cond(
+                row["ends"], finish, lambda *same: same, ahead, state["collected"], state["sums"]
+            )
+            # Of what rests nothing counts, though it computes as the others do.
+            to_layers, to_outer, to_source, to_x = pull((_where(counts, ahead), _where(counts, jnp.ones(()))))
+            collected = collect(collected, number, to_outer, to_source)
+
+            def embed(collected: Any) -> Any:
+                _, pull = jax.vjp(lambda outer, source: front(outer, source, number).x, outer, source)
+                return collect(collected, number, *pull(_where(group == 0, to_x)))
+
+            collected = jax.lax.cond(row["begins"], embed, lambda same: same, collected)
+            place = jnp.maximum(row["backward_round"], 0)
+            of_layers = jax.tree.map(lambda all, new: all.at[place].add(new), state["layers"], to_layers)
+            state = state | {"back": (to_x, tag), "collected": collected, "sums": sums, "layers": of_layers}
+            return state, jnp.concatenate([tag, ahead_tag])
+
+        def tick(state: Any, row: Any, moves: tuple[bool, bool]) -> Any:
+            idle = jnp.full(2, IDLE)
+            state, came = forward(state, row) if moves[0] else (state, idle)
+            state, back = backward(state, row) if moves[1] else (state, jnp.tile(idle, 2))
+            return state, jnp.concatenate([came, back])
+
+        # Stages that have nothing yet compute with a first input that is none of theirs, and not with zeros.
+        x = front(outer, read_by(stage), jnp.int32(0)).x
+        tag = jnp.full(2, IDLE)
+        slots = self.table.num_slots
+        state = {
+            "kept": (jnp.broadcast_to(x, (slots, *x.shape)), jnp.broadcast_to(tag, (slots, 2))),
+            "ahead": (x, tag),
+            "back": (x, tag),
+            "collected": jax.tree.map(jnp.zeros_like, (outer, memory)),
+            "sums": zero,
+            "layers": jax.tree.map(jnp.zeros_like, layers),
+        }
+        rows, logs = columns | self._shared(), []
+        for moves, ticks in itertools.groupby(range(len(self.table.forward)), self._moves):
+            numbers = list(ticks)
+            here = {key: column[numbers[0] : numbers[-1] + 1] for key, column in rows.items()}
+            state, log = jax.lax.scan(lambda state, row, moves=moves: tick(state, row, moves), state, here)
+            logs.append(log)
+        of_outer, of_memory, sums = jax.lax.psum((*state["collected"], state["sums"]), STAGE)
+        of_layers = jax.tree.map(lambda leaf: leaf[:, None], state["layers"])
+        return of_layers, of_outer, of_memory, sums, jnp.concatenate(logs)[:, None]
+
+    def _moves(self, tick: int) -> tuple[bool, bool]:
+        """Returns whether any stage goes forward, and any back."""
+        return bool((self.table.forward[tick] != IDLE).any()), bool((self.table.backward[tick] != IDLE).any())
+
+    def _shared(self) -> dict[str, Array]:
+        """Returns for each tick, all stages alike, whether a microbatch enters, its loss is taken, its gradient is through."""
+        table = self.table
+        return {
+            "enters": jnp.asarray(table.forward_round[:, 0] == 0),
+            "ends": jnp.asarray(table.backward_round[:, -1] == self.rounds - 1),
+            "begins": jnp.asarray(table.backward_round[:, 0] == 0),
+        }
+
+
+_PASSED = np.array([0, 1], np.int32)
+
+
+def _where(condition: Array, values: Any) -> Any:
+    """Returns `values`, or zeros."""
+    return jax.tree.map(lambda value: jnp.where(condition, value, 0).astype(value.dtype), values)
+
+
+def _add(total: Any, more: Any) -> Any:
+    """Returns sums with some of them added to."""
+    if isinstance(total, dict):
+        return total | {name: _add(total[name], value) for name, value in more.items()}
+    if isinstance(total, tuple):
+        return tuple(map(_add, total, more))
+    return total + more
