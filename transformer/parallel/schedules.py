@@ -70,7 +70,7 @@ def schedule(kind: Kind, num_stages: int, num_microbatches: int, num_rounds: int
     start = num_microbatches + num_stages - 1 if kind == "gpipe" else period - 1
     num_ticks = start + num_stages - 1 + len(work)
     columns = np.full((6, num_ticks, num_stages), IDLE)
-    forward, forward_round, backward, backward_round, forward_slot, backward_slot = columns
+    forward, forward_round, backward, backward_round = columns[:4]
     for stage in stages:
         ahead, back = stage + work, start + num_stages - 1 - stage + work
         forward[ahead, stage], forward_round[ahead, stage] = microbatch, number

@@ -23,7 +23,7 @@ from transformer.models.feedforward import Auxiliary
 from transformer.models.parameters import Tree, bind, is_spec, parameter_specs
 from transformer.models.transformer import Outputs, Transformer, apply, prefixed
 from transformer.objectives import normalize, objective_of
-from transformer.parallel.schedules import IDLE, schedule
+from transformer.parallel.schedules import IDLE, Table, schedule
 from transformer.parallel.sharding import constrain, partition_spec
 
 STAGE = "stage"
@@ -32,7 +32,9 @@ Sums = tuple[Array, dict[str, Array], dict[str, Any]]
 """Share of the loss, shares of its terms' means, and statistics as (sum, weight)."""
 
 
-def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Callable[..., tuple[Tree, dict[str, Array]]]:
+def make_gradient(
+    config: Config, model: Transformer, layout: Any = None
+) -> Callable[..., tuple[Tree, dict[str, Array]]]:
     """Returns what `training.step.make_gradient` does, for a mesh with stages."""
     pipeline = Pipeline(config, model)
 
@@ -64,7 +66,11 @@ class Pipeline:
 
     def __init__(self, config: Config, model: Transformer):
         self.config, self.model, self.objective = config, model, objective_of(config)
-        self.stages, self.parts, self.rounds = config.parallel.stage, config.train.num_microbatches, config.parallel.rounds
+        self.stages, self.parts, self.rounds = (
+            config.parallel.stage,
+            config.train.num_microbatches,
+            config.parallel.rounds,
+        )
         self.stacks = [name for name in ("encoder", "decoder") if getattr(model, name) is not None]
         self.table = schedule(config.parallel.schedule, self.stages, self.parts, self.rounds)
 
@@ -87,14 +93,17 @@ class Pipeline:
         for name in self.stacks:
             outer[name] = {part: tree for part, tree in params[name].items() if part != "layers"}
         *reading, main = self.stacks
-        run = self._mapped(self._run_main, (PartitionSpec(None, STAGE), *[PartitionSpec()] * 3, PartitionSpec(None, STAGE)))
+        run = self._mapped(
+            self.table, self._run_main, (PartitionSpec(None, STAGE), *[PartitionSpec()] * 3, PartitionSpec(None, STAGE))
+        )
         layers = self._staged(main, params[main]["layers"], self.rounds)
         if not reading:
             to_layers, to_outer, _, sums, log = run(layers, outer, None, given)
             gradients = dict(to_outer)
         else:
             (encoder,) = reading
-            read = self._mapped(self._run_encoder, (PartitionSpec(STAGE), PartitionSpec(STAGE), PartitionSpec()))
+            first = schedule("gpipe", self.stages, self.parts)
+            read = self._mapped(first, self._run_encoder, (PartitionSpec(STAGE), PartitionSpec(STAGE), PartitionSpec()))
 
             def memory_of(layers: Tree, outer: Tree) -> Any:
                 memory, losses, sums = read(self._staged(encoder, layers, 1), outer, given)
@@ -110,9 +119,8 @@ class Pipeline:
         gradients[main] = gradients[main] | {"layers": to_layers}
         return gradients, sums, log
 
-    def _mapped(self, function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+    def _mapped(self, table: Table, function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
         """Returns `function` run by each stage: on its own layers and columns of the table, and all of what follows."""
-        table = self.table
         names = ("forward", "forward_round", "forward_slot", "backward", "backward_round", "backward_slot")
         columns = {name: jnp.asarray(getattr(table, name)) for name in names}
         by_stage = PartitionSpec(None, STAGE)
@@ -120,7 +128,8 @@ class Pipeline:
         def local(stage: Array, columns: dict[str, Array], layers: Tree, *rest: Any) -> Any:
             # The number of a stage as data: a partition's own number is not to be had while other axes are the compiler's.
             mine = {name: column[:, 0] for name, column in columns.items()}
-            return function(stage[0], mine, jax.tree.map(lambda leaf: leaf[:, 0], layers), *rest)
+            layers = jax.tree.map(lambda leaf: leaf[:, 0] if leaf.shape[0] > 1 else leaf[0, 0], layers)
+            return function(stage[0], mine, layers, *rest)
 
         def run(layers: Tree, *rest: Any) -> Any:
             in_specs = (PartitionSpec(STAGE), by_stage, by_stage, *[PartitionSpec()] * len(rest))
@@ -165,8 +174,12 @@ class Pipeline:
     def _part(self, given: Any, number: Array) -> tuple[dict[str, Array], Any]:
         """Returns a microbatch and its key, those of the first for a stage that rests."""
         split, key, *_ = given
-        number = jnp.maximum(number, 0)
-        return {name: values[number] for name, values in split.items()}, fold_in(key, number)
+        return _read(split, number), fold_in(key, jnp.maximum(number, 0))
+
+    def _of_round(self, layers: Tree, number: Array) -> Tree:
+        """Returns the layers of one round. A single one has no dimension for it: the compiler then adds to gradients in place,
+        where it would copy them."""
+        return layers if self.rounds == 1 else _read(layers, number)
 
     def _move(self, value: Any, by: int) -> Any:
         """Sends what a stage made to the next, or to the one before; round the ring where there are several rounds."""
@@ -177,7 +190,6 @@ class Pipeline:
     def _run_encoder(self, stage: Array, columns: Any, layers: Tree, outer: Tree, given: Any) -> Any:
         """Returns what the stage made of all microbatches, its share of the loss, and the sums of all stages."""
         *_, weights, zero, used = given
-        layers = jax.tree.map(lambda leaf: leaf[0], layers)
 
         def tick(arrived: Array, number: Array) -> Any:
             part, key = self._part(given, number)
@@ -217,50 +229,47 @@ class Pipeline:
             loss, means = normalize(terms.losses | terms.auxiliary, weights)
             return loss, (means, terms.statistics)
 
-        def of_round(number: Array) -> Tree:
-            return jax.tree.map(lambda leaf: leaf[jnp.maximum(number, 0)], layers)
-
-        def read_by(number: Array) -> Array | None:
-            return None if memory is None else memory[jnp.maximum(number, 0)]
-
         def forward(state: Any, row: Any) -> tuple[Any, Array]:
             number, group = row["forward"], row["forward_round"] * self.stages + stage
-            source = read_by(number)
+            source = _read(memory, number)
             x, tag = self._move(state["ahead"], 1)
-            x = jax.lax.cond(
-                row["enters"], lambda: jnp.where(group == 0, front(outer, source, number).x, x), lambda: x
-            )
+            x = jax.lax.cond(row["enters"], lambda: jnp.where(group == 0, front(outer, source, number).x, x), lambda: x)
             tag = jnp.where(group == 0, jnp.stack([number, group]), tag)
-            slot = jnp.maximum(row["forward_slot"], 0)
-            kept = jax.tree.map(
-                lambda all, new: all.at[slot].set(jnp.where(number == IDLE, all[slot], new)), state["kept"], (x, tag)
+            slot = row["forward_slot"]
+            new = jax.tree.map(
+                lambda new, old: jnp.where(number == IDLE, old, new), (x, tag), _read(state["kept"], slot)
             )
-            (y, _), _ = through(of_round(row["forward_round"]), outer, source, x, number, group)
+            kept = _write(state["kept"], slot, new)
+            (y, _), _ = through(self._of_round(layers, row["forward_round"]), outer, source, x, number, group)
             return state | {"kept": kept, "ahead": (y, tag + _PASSED)}, tag
 
         def backward(state: Any, row: Any) -> tuple[Any, Array]:
             number, group = row["backward"], row["backward_round"] * self.stages + stage
             counts = (number != IDLE) & (number < used)
-            source = read_by(number)
-            x, tag = jax.tree.map(lambda all: all[jnp.maximum(row["backward_slot"], 0)], state["kept"])
+            source = _read(memory, number)
+            x, tag = _read(state["kept"], row["backward_slot"])
             ahead, ahead_tag = self._move(state["back"], -1)
-            arguments = (of_round(row["backward_round"]), outer, source, x)
-            (y, loss), pull, sums = jax.vjp(lambda *a: through(*a, number, group), *arguments, has_aux=True)
+            arguments = (self._of_round(layers, row["backward_round"]), outer, source, x)
+            (y, loss), pull, sums = jax.vjp(
+                lambda layers, outer, source, x: through(layers, outer, source, x, number, group),
+                *arguments,
+                has_aux=True,
+            )
             state = state | {"sums": _add(state["sums"], _where(counts, (loss, *sums)))}
 
             def finish(ahead: Array, collected: Any, sums: Sums) -> Any:
                 # What counts is the loss of the last group alone.
                 is_end = counts & (group == last)
-                loss, pull, found = jax.vjp(lambda *a: loss_of(*a, number), outer, source, y, has_aux=True)
+                loss, pull, found = jax.vjp(
+                    lambda outer, source, y: loss_of(outer, source, y, number), outer, source, y, has_aux=True
+                )
                 to_outer, to_source, to_y = pull(_where(is_end, jnp.ones(())))
                 collected = collect(collected, number, to_outer, to_source)
                 return jnp.where(group == last, to_y, ahead), collected, _add(sums, _where(is_end, (loss, *found)))
 
             def collect(collected: Any, number: Array, to_outer: Tree, to_source: Array | None) -> Any:
                 of_outer, of_memory = collected
-                if to_source is not None:
-                    of_memory = of_memory.at[jnp.maximum(number, 0)].add(to_source)
-                return jax.tree.map(jnp.add, of_outer, to_outer), of_memory
+                return jax.tree.map(jnp.add, of_outer, to_outer), _accumulate(of_memory, number, to_source)
 
             ahead_tag = jnp.where(group == last, tag + _PASSED, ahead_tag)
             ahead, collected, sums = jax.lax.cond(
@@ -275,8 +284,9 @@ class Pipeline:
                 return collect(collected, number, *pull(_where(group == 0, to_x)))
 
             collected = jax.lax.cond(row["begins"], embed, lambda same: same, collected)
-            place = jnp.maximum(row["backward_round"], 0)
-            of_layers = jax.tree.map(lambda all, new: all.at[place].add(new), state["layers"], to_layers)
+            place = row["backward_round"]
+            new = jax.tree.map(jnp.add, self._of_round(state["layers"], place), to_layers)
+            of_layers = new if self.rounds == 1 else _write(state["layers"], place, new)
             state = state | {"back": (to_x, tag), "collected": collected, "sums": sums, "layers": of_layers}
             return state, jnp.concatenate([tag, ahead_tag])
 
@@ -287,7 +297,7 @@ class Pipeline:
             return state, jnp.concatenate([came, back])
 
         # Stages that have nothing yet compute with a first input that is none of theirs, and not with zeros.
-        x = front(outer, read_by(stage), jnp.int32(0)).x
+        x = front(outer, _read(memory, jnp.int32(0)), jnp.int32(0)).x
         tag = jnp.full(2, IDLE)
         slots = self.table.num_slots
         state = {
@@ -305,7 +315,8 @@ class Pipeline:
             state, log = jax.lax.scan(lambda state, row, moves=moves: tick(state, row, moves), state, here)
             logs.append(log)
         of_outer, of_memory, sums = jax.lax.psum((*state["collected"], state["sums"]), STAGE)
-        of_layers = jax.tree.map(lambda leaf: leaf[:, None], state["layers"])
+        of_layers = state["layers"] if self.rounds > 1 else jax.tree.map(lambda leaf: leaf[None], state["layers"])
+        of_layers = jax.tree.map(lambda leaf: leaf[:, None], of_layers)
         return of_layers, of_outer, of_memory, sums, jnp.concatenate(logs)[:, None]
 
     def _moves(self, tick: int) -> tuple[bool, bool]:
@@ -320,6 +331,22 @@ class Pipeline:
             "ends": jnp.asarray(table.backward_round[:, -1] == self.rounds - 1),
             "begins": jnp.asarray(table.backward_round[:, 0] == 0),
         }
+
+
+def _read(tree: Any, place: Array) -> Any:
+    """Returns entry number `place` of the first dimension of every array, the first for a stage that rests."""
+    return jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, jnp.maximum(place, 0), keepdims=False), tree)
+
+
+def _write(tree: Any, place: Array, new: Any) -> Any:
+    """Returns the arrays with that entry replaced."""
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda all, one: put(all, one, jnp.maximum(place, 0), 0), tree, new)
+
+
+def _accumulate(tree: Any, place: Array, new: Any) -> Any:
+    """Returns the arrays with something added to that entry."""
+    return _write(tree, place, jax.tree.map(jnp.add, _read(tree, place), new))
 
 
 _PASSED = np.array([0, 1], np.int32)
