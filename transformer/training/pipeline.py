@@ -7,8 +7,8 @@ what only some have to do, embedding and loss, all do in the same tick: those wh
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -155,7 +155,7 @@ class Pipeline:
 
     # What a stage does.
 
-    def _seams(self, outer: Tree, part: Tree, key: Any, **made: Array | None) -> tuple[dict[str, Seam], Outputs]:
+    def seams(self, outer: Tree, part: Tree, key: Any, **made: Array | None) -> tuple[dict[str, Seam], Outputs]:
         """Runs all of the model but its layers, which have made what is given, if anything."""
         model = bind(self.model, outer)
         seams = {name: Seam(getattr(model, name), made.get(name)) for name in self.stacks}
@@ -163,7 +163,7 @@ class Pipeline:
             setattr(model, name, seam)
         return seams, model(part, key)
 
-    def _layers(self, name: str, layers: Tree, seam: Seam, x: Array, group: Array, weights: Tree) -> Any:
+    def run_layers(self, name: str, layers: Tree, seam: Seam, x: Array, group: Array, weights: Tree) -> Any:
         """Runs one group of a stack's layers; returns output, and the layers' own share of the loss with its sums."""
         first = group * len(jax.tree.leaves(layers)[0])
         y, _, found = seam.stack.run(layers, x, seam.context, None, seam.key, first)
@@ -171,17 +171,12 @@ class Pipeline:
         loss, means = normalize(found["losses"], weights) if found.get("losses") else (jnp.zeros(()), {})
         return y, loss, (means, found.get("statistics", {}))
 
-    def _part(self, given: Any, number: Array) -> tuple[dict[str, Array], Any]:
+    def part(self, given: Any, number: Array) -> tuple[dict[str, Array], Any]:
         """Returns a microbatch and its key, those of the first for a stage that rests."""
         split, key, *_ = given
         return _read(split, number), fold_in(key, jnp.maximum(number, 0))
 
-    def _of_round(self, layers: Tree, number: Array) -> Tree:
-        """Returns the layers of one round. A single one has no dimension for it: the compiler then adds to gradients in place,
-        where it would copy them."""
-        return layers if self.rounds == 1 else _read(layers, number)
-
-    def _move(self, value: Any, by: int) -> Any:
+    def move(self, value: Any, by: int) -> Any:
         """Sends what a stage made to the next, or to the one before; round the ring where there are several rounds."""
         pairs = [(stage, (stage + by) % self.stages) for stage in range(self.stages)]
         pairs = [pair for pair in pairs if self.rounds > 1 or pair[1] - pair[0] == by]
@@ -192,14 +187,14 @@ class Pipeline:
         *_, weights, zero, used = given
 
         def tick(arrived: Array, number: Array) -> Any:
-            part, key = self._part(given, number)
-            seam = self._seams(outer, part, key)[0]["encoder"]
-            x = jnp.where((stage == 0) | (number == IDLE), seam.x, self._move(arrived, 1))
-            y, loss, sums = self._layers("encoder", layers, seam, x, stage, weights)
+            part, key = self.part(given, number)
+            seam = self.seams(outer, part, key)[0]["encoder"]
+            x = jnp.where((stage == 0) | (number == IDLE), seam.x, self.move(arrived, 1))
+            y, loss, sums = self.run_layers("encoder", layers, seam, x, stage, weights)
             counts = (number != IDLE) & (number < used)
             return y, (y, *jax.tree.map(lambda value: jnp.where(counts, value, 0), (loss, sums)))
 
-        like = jax.eval_shape(lambda: self._seams(outer, *self._part(given, stage))[0]["encoder"].x)
+        like = jax.eval_shape(lambda: self.seams(outer, *self.part(given, stage))[0]["encoder"].x)
         ticks = columns["forward"][: self.parts + self.stages - 1]
         start = constrain(jnp.zeros(like.shape, like.dtype), "batch", "length", "hidden")
         _, (made, losses, (means, statistics)) = jax.lax.scan(jax.checkpoint(tick), start, ticks)
@@ -212,125 +207,168 @@ class Pipeline:
     ) -> Any:
         """Returns the stage's gradients of its layers, and of all stages those of the other parameters and of `memory`, the
         sums, and the log."""
-        name, weights, zero, used = self.stacks[-1], *given[2:]
-        last = self.stages * self.rounds - 1
-
-        def front(outer: Tree, memory: Array | None, number: Array) -> Seam:
-            return self._seams(outer, *self._part(given, number), encoder=memory)[0][name]
-
-        def through(layers: Tree, outer: Tree, memory: Array | None, x: Array, number: Array, group: Array) -> Any:
-            y, loss, sums = self._layers(name, layers, front(outer, memory, number), x, group, weights)
-            return (y, loss), sums
-
-        def loss_of(outer: Tree, memory: Array | None, y: Array, number: Array) -> Any:
-            part, key = self._part(given, number)
-            _, outputs = self._seams(outer, part, key, **{"encoder": memory, name: y})
-            terms = self.objective.terms(self.config.objective, outputs, part)
-            loss, means = normalize(terms.losses | terms.auxiliary, weights)
-            return loss, (means, terms.statistics)
-
-        def forward(state: Any, row: Any) -> tuple[Any, Array]:
-            number, group = row["forward"], row["forward_round"] * self.stages + stage
-            source = _read(memory, number)
-            x, tag = self._move(state["ahead"], 1)
-            x = jax.lax.cond(row["enters"], lambda: jnp.where(group == 0, front(outer, source, number).x, x), lambda: x)
-            tag = jnp.where(group == 0, jnp.stack([number, group]), tag)
-            slot = row["forward_slot"]
-            new = jax.tree.map(
-                lambda new, old: jnp.where(number == IDLE, old, new), (x, tag), _read(state["kept"], slot)
-            )
-            kept = _write(state["kept"], slot, new)
-            (y, _), _ = through(self._of_round(layers, row["forward_round"]), outer, source, x, number, group)
-            return state | {"kept": kept, "ahead": (y, tag + _PASSED)}, tag
-
-        def backward(state: Any, row: Any) -> tuple[Any, Array]:
-            number, group = row["backward"], row["backward_round"] * self.stages + stage
-            counts = (number != IDLE) & (number < used)
-            source = _read(memory, number)
-            x, tag = _read(state["kept"], row["backward_slot"])
-            ahead, ahead_tag = self._move(state["back"], -1)
-            arguments = (self._of_round(layers, row["backward_round"]), outer, source, x)
-            (y, loss), pull, sums = jax.vjp(
-                lambda layers, outer, source, x: through(layers, outer, source, x, number, group),
-                *arguments,
-                has_aux=True,
-            )
-            state = state | {"sums": _add(state["sums"], _where(counts, (loss, *sums)))}
-
-            def finish(ahead: Array, collected: Any, sums: Sums) -> Any:
-                # What counts is the loss of the last group alone.
-                is_end = counts & (group == last)
-                loss, pull, found = jax.vjp(
-                    lambda outer, source, y: loss_of(outer, source, y, number), outer, source, y, has_aux=True
-                )
-                to_outer, to_source, to_y = pull(_where(is_end, jnp.ones(())))
-                collected = collect(collected, number, to_outer, to_source)
-                return jnp.where(group == last, to_y, ahead), collected, _add(sums, _where(is_end, (loss, *found)))
-
-            def collect(collected: Any, number: Array, to_outer: Tree, to_source: Array | None) -> Any:
-                of_outer, of_memory = collected
-                return jax.tree.map(jnp.add, of_outer, to_outer), _accumulate(of_memory, number, to_source)
-
-            ahead_tag = jnp.where(group == last, tag + _PASSED, ahead_tag)
-            ahead, collected, sums = jax.lax.cond(
-                row["ends"], finish, lambda *same: same, ahead, state["collected"], state["sums"]
-            )
-            # Of what rests nothing counts, though it computes as the others do.
-            to_layers, to_outer, to_source, to_x = pull((_where(counts, ahead), _where(counts, jnp.ones(()))))
-            collected = collect(collected, number, to_outer, to_source)
-
-            def embed(collected: Any) -> Any:
-                _, pull = jax.vjp(lambda outer, source: front(outer, source, number).x, outer, source)
-                return collect(collected, number, *pull(_where(group == 0, to_x)))
-
-            collected = jax.lax.cond(row["begins"], embed, lambda same: same, collected)
-            place = row["backward_round"]
-            new = jax.tree.map(jnp.add, self._of_round(state["layers"], place), to_layers)
-            of_layers = new if self.rounds == 1 else _write(state["layers"], place, new)
-            state = state | {"back": (to_x, tag), "collected": collected, "sums": sums, "layers": of_layers}
-            return state, jnp.concatenate([tag, ahead_tag])
-
-        def tick(state: Any, row: Any, moves: tuple[bool, bool]) -> Any:
-            idle = jnp.full(2, IDLE)
-            state, came = forward(state, row) if moves[0] else (state, idle)
-            state, back = backward(state, row) if moves[1] else (state, jnp.tile(idle, 2))
-            return state, jnp.concatenate([came, back])
-
+        work, zero = Stage(self, stage, layers, outer, memory, given), given[3]
         # Stages that have nothing yet compute with a first input that is none of theirs, and not with zeros.
-        x = front(outer, _read(memory, jnp.int32(0)), jnp.int32(0)).x
-        tag = jnp.full(2, IDLE)
-        slots = self.table.num_slots
-        state = {
-            "kept": (jnp.broadcast_to(x, (slots, *x.shape)), jnp.broadcast_to(tag, (slots, 2))),
-            "ahead": (x, tag),
-            "back": (x, tag),
-            "collected": jax.tree.map(jnp.zeros_like, (outer, memory)),
-            "sums": zero,
+        number = jnp.int32(0)
+        x, label, slots = work.front(outer, _read(memory, number), number), jnp.full(2, IDLE), self.table.num_slots
+        state: State = {
+            "kept": (jnp.broadcast_to(x, (slots, *x.shape)), jnp.broadcast_to(label, (slots, 2))),
+            "ahead": (x, label),
+            "back": (x, label),
             "layers": jax.tree.map(jnp.zeros_like, layers),
+            "rest": jax.tree.map(jnp.zeros_like, (outer, memory)),
+            "sums": zero,
         }
-        rows, logs = columns | self._shared(), []
-        for moves, ticks in itertools.groupby(range(len(self.table.forward)), self._moves):
-            numbers = list(ticks)
-            here = {key: column[numbers[0] : numbers[-1] + 1] for key, column in rows.items()}
-            state, log = jax.lax.scan(lambda state, row, moves=moves: tick(state, row, moves), state, here)
+        rows, logs = columns | self._flags(), []
+        goes, comes = (np.any(half != IDLE, axis=1) for half in (self.table.forward, self.table.backward))
+        # Two loops, before and after the first gradient. With a third one for the last ticks, which only go back, XLA keeps a
+        # second copy of all gradients; there a branch leaves the first half out.
+        for phase in (~comes, comes):
+            always, never = goes[phase].all(), not goes[phase].any()
+
+            def tick(
+                state: State, row: Any, always: bool = always, never: bool = never, back: bool = comes[phase].any()
+            ) -> Any:
+                idle = jnp.full(2, IDLE)
+                arrived, kept = self.move(state["ahead"], 1), state["kept"]
+                if always:
+                    ahead, kept, went = work.forward(arrived, kept, row)
+                elif never:
+                    ahead, went = arrived, idle
+                else:
+                    ahead, kept, went = jax.lax.cond(
+                        row["goes"],
+                        lambda arrived, kept: work.forward(arrived, kept, row),
+                        lambda arrived, kept: (arrived, kept, idle),
+                        arrived,
+                        kept,
+                    )
+                state = state | {"ahead": ahead, "kept": kept}
+                state, came = work.backward(state, row) if back else (state, jnp.tile(idle, 2))
+                return state, jnp.concatenate([went, came])
+
+            state, log = jax.lax.scan(tick, state, {key: column[phase] for key, column in rows.items()})
             logs.append(log)
-        of_outer, of_memory, sums = jax.lax.psum((*state["collected"], state["sums"]), STAGE)
+        of_rest, sums = jax.lax.psum((state["rest"], state["sums"]), STAGE)
         of_layers = state["layers"] if self.rounds > 1 else jax.tree.map(lambda leaf: leaf[None], state["layers"])
         of_layers = jax.tree.map(lambda leaf: leaf[:, None], of_layers)
-        return of_layers, of_outer, of_memory, sums, jnp.concatenate(logs)[:, None]
+        return of_layers, *of_rest, sums, jnp.concatenate(logs)[:, None]
 
-    def _moves(self, tick: int) -> tuple[bool, bool]:
-        """Returns whether any stage goes forward, and any back."""
-        return bool((self.table.forward[tick] != IDLE).any()), bool((self.table.backward[tick] != IDLE).any())
-
-    def _shared(self) -> dict[str, Array]:
-        """Returns for each tick, all stages alike, whether a microbatch enters, its loss is taken, its gradient is through."""
+    def _flags(self) -> dict[str, Array]:
+        """Returns for each tick, all stages alike, whether any goes forward, and whether a microbatch enters at the first, has
+        its loss taken at the last, or its gradient comes out at the first."""
         table = self.table
-        return {
-            "enters": jnp.asarray(table.forward_round[:, 0] == 0),
-            "ends": jnp.asarray(table.backward_round[:, -1] == self.rounds - 1),
-            "begins": jnp.asarray(table.backward_round[:, 0] == 0),
+        flags = {
+            "goes": np.any(table.forward != IDLE, axis=1),
+            "enters": table.forward_round[:, 0] == 0,
+            "ends": table.backward_round[:, -1] == self.rounds - 1,
+            "leaves": table.backward_round[:, 0] == 0,
         }
+        return {name: jnp.asarray(flag) for name, flag in flags.items()}
+
+
+State = dict[str, Any]
+"""What a stage holds between ticks: inputs it has `kept`; what it sent `ahead` and `back`, with labels; the gradients of its
+`layers` and of the `rest`, parameters that are in no layer and memory; and the `sums`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The work of one stage. A microbatch is labelled (its number, groups of layers passed) on its way through."""
+
+    pipeline: Pipeline
+    stage: Array
+    layers: Tree
+    outer: Tree
+    memory: Float[Array, "M B S D"] | None
+    given: Any
+
+    @property
+    def name(self) -> str:
+        return self.pipeline.stacks[-1]
+
+    def seam(self, outer: Tree, source: Array | None, number: Array) -> Seam:
+        """Returns where the main stack stands in the model, for one microbatch and what it reads."""
+        part, key = self.pipeline.part(self.given, number)
+        return self.pipeline.seams(outer, part, key, encoder=source)[0][self.name]
+
+    def front(self, outer: Tree, source: Array | None, number: Array) -> Array:
+        """Returns what goes into the first layer."""
+        return self.seam(outer, source, number).x
+
+    def through(
+        self, layers: Tree, outer: Tree, source: Array | None, x: Array, number: Array, group: Array
+    ) -> tuple[tuple[Array, Array], Any]:
+        """Returns what a group of layers makes of `x` and its share of the loss, and its sums."""
+        seam = self.seam(outer, source, number)
+        y, loss, sums = self.pipeline.run_layers(self.name, layers, seam, x, group, self.given[2])
+        return (y, loss), sums
+
+    def loss(self, outer: Tree, source: Array | None, y: Array, number: Array) -> tuple[Array, Any]:
+        """Returns the loss of a microbatch for what the last layer made of it, and its sums."""
+        part, key = self.pipeline.part(self.given, number)
+        _, outputs = self.pipeline.seams(outer, part, key, **{"encoder": source, self.name: y})
+        terms = self.pipeline.objective.terms(self.pipeline.config.objective, outputs, part)
+        loss, means = normalize(terms.losses | terms.auxiliary, self.given[2])
+        return loss, (means, terms.statistics)
+
+    def of_round(self, layers: Tree, number: Array) -> Tree:
+        """Returns the layers of one round. A single one has no dimension for it: the compiler then adds to gradients in place,
+        where it would copy them."""
+        return layers if self.pipeline.rounds == 1 else _read(layers, number)
+
+    def forward(self, arrived: Any, kept: Any, row: Any) -> tuple[Any, Any, Array]:
+        """Returns what the stage sends on, what it keeps, and the label of what came in."""
+        number, group, outer = row["forward"], row["forward_round"] * self.pipeline.stages + self.stage, self.outer
+        x, label = arrived
+        source = _read(self.memory, number)
+        x = jax.lax.cond(row["enters"], lambda: jnp.where(group == 0, self.front(outer, source, number), x), lambda: x)
+        label = jnp.where(group == 0, jnp.stack([number, group]), label)
+        before = _read(kept, row["forward_slot"])
+        new = jax.tree.map(lambda new, old: jnp.where(number == IDLE, old, new), (x, label), before)
+        kept = _write(kept, row["forward_slot"], new)
+        (y, _), _ = self.through(self.of_round(self.layers, row["forward_round"]), outer, source, x, number, group)
+        return (y, label + _PASSED), kept, label
+
+    def backward(self, state: State, row: Any) -> tuple[State, Array]:
+        """Returns the state after a gradient has passed, and the labels of the input that was kept and of the gradient."""
+        number, group = row["backward"], row["backward_round"] * self.pipeline.stages + self.stage
+        is_first, is_last = group == 0, group == self.pipeline.stages * self.pipeline.rounds - 1
+        # Of a stage that rests nothing counts, though it computes as the others do.
+        counts = (number != IDLE) & (number < self.given[4])
+        source = _read(self.memory, number)
+        x, label = _read(state["kept"], row["backward_slot"])
+        gradient, arrived_label = self.pipeline.move(state["back"], -1)
+        arguments = (self.of_round(self.layers, row["backward_round"]), self.outer, source, x)
+        through, loss = partial(self.through, number=number, group=group), partial(self.loss, number=number)
+        (y, share), pull, found = jax.vjp(through, *arguments, has_aux=True)
+        sums = _add(state["sums"], _where(counts, (share, *found)))
+
+        def collect(rest: Any, to_outer: Tree, to_source: Array | None) -> Any:
+            of_outer, of_memory = rest
+            of_source = jax.tree.map(jnp.add, _read(of_memory, number), to_source)
+            return jax.tree.map(jnp.add, of_outer, to_outer), _write(of_memory, number, of_source)
+
+        def end(gradient: Array, rest: Any, sums: Sums) -> Any:
+            share, pull, found = jax.vjp(loss, self.outer, source, y, has_aux=True)
+            *to_rest, to_y = pull(_where(counts & is_last, jnp.ones(())))
+            sums = _add(sums, _where(counts & is_last, (share, *found)))
+            return jnp.where(is_last, to_y, gradient), collect(rest, *to_rest), sums
+
+        gradient, rest, sums = jax.lax.cond(row["ends"], end, lambda *same: same, gradient, state["rest"], sums)
+        to_layers, *to_rest, to_x = pull((_where(counts, gradient), _where(counts, jnp.ones(()))))
+        rest = collect(rest, *to_rest)
+
+        def leave(rest: Any) -> Any:
+            _, pull = jax.vjp(lambda outer, source: self.front(outer, source, number), self.outer, source)
+            return collect(rest, *pull(_where(is_first, to_x)))
+
+        rest = jax.lax.cond(row["leaves"], leave, lambda same: same, rest)
+        place = row["backward_round"]
+        of_layers = jax.tree.map(jnp.add, self.of_round(state["layers"], place), to_layers)
+        of_layers = of_layers if self.pipeline.rounds == 1 else _write(state["layers"], place, of_layers)
+        state = state | {"back": (to_x, label), "layers": of_layers, "rest": rest, "sums": sums}
+        return state, jnp.concatenate([label, jnp.where(is_last, label + _PASSED, arrived_label)])
 
 
 def _read(tree: Any, place: Array) -> Any:
@@ -342,11 +380,6 @@ def _write(tree: Any, place: Array, new: Any) -> Any:
     """Returns the arrays with that entry replaced."""
     put = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda all, one: put(all, one, jnp.maximum(place, 0), 0), tree, new)
-
-
-def _accumulate(tree: Any, place: Array, new: Any) -> Any:
-    """Returns the arrays with something added to that entry."""
-    return _write(tree, place, jax.tree.map(jnp.add, _read(tree, place), new))
 
 
 _PASSED = np.array([0, 1], np.int32)
