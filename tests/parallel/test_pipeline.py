@@ -32,8 +32,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": SMALL
         | {
             "scan_layers": False,
-            "layers": "attention/dense+attention/experts",
-            "num_layers": 4,
+            "layers": "attention/experts",
+            "num_layers": 2,
             "num_experts": 4,
             "router_z_loss": 0.01,
             "balance_bias_rate": 0.1,
@@ -41,10 +41,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "train": {"num_microbatches": 2, "batch_size": 8},
     },
     "encoder_decoder": {
-        "model": SMALL
-        | {"architecture": "encoder_decoder", "num_encoder_layers": 2, "num_layers": 4, "positions": "relative"},
+        "model": SMALL | {"architecture": "encoder_decoder", "num_encoder_layers": 2, "num_layers": 2},
         "objective": {"name": "span_corruption"},
         "train": {"num_microbatches": 4, "batch_size": 8},
+    },
+    # Experts in both stacks, dropout, and positions with parameters.
+    "pair": {
+        "model": SMALL
+        | {
+            "architecture": "encoder_decoder",
+            "layers": "attention/experts",
+            "num_experts": 4,
+            "num_encoder_layers": 2,
+            "num_layers": 4,
+            "positions": "relative",
+            "dropout": 0.1,
+        },
+        "objective": {"name": "span_corruption"},
+        "train": {"num_microbatches": 4, "batch_size": 16},
     },
     "encoder": {
         "model": SMALL | {"architecture": "encoder", "positions": "learned", "num_layers": 4, "norm_placement": "post"},
@@ -174,8 +188,8 @@ def test_both_stacks_of_an_encoder_decoder(run):
         ("dense", {"stage": 2, "replica": 2, "fsdp": 2, "schedule": "gpipe"}),
         ("deep", {"stage": 4, "tensor": 2, "schedule": "1f1b"}),
         ("experts", {"stage": 2, "replica": 2, "schedule": "gpipe"}),
-        ("encoder_decoder", {"stage": 2, "fsdp": 2, "tensor": 2, "schedule": "interleaved", "rounds": 2}),
-        ("encoder_decoder", {"stage": 2, "fsdp": 2, "schedule": "1f1b"}),
+        ("pair", {"stage": 2, "fsdp": 2, "tensor": 2, "schedule": "interleaved", "rounds": 2}),
+        ("pair", {"stage": 2, "fsdp": 2, "schedule": "1f1b"}),
         ("encoder", {"stage": 4, "replica": 2, "schedule": "1f1b"}),
         ("future", {"stage": 2, "tensor": 2, "schedule": "1f1b"}),
     ],

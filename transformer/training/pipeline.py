@@ -9,7 +9,7 @@ what only some have to do, embedding and loss, all do in the same tick: those wh
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +60,27 @@ class Seam:
         return (x if self._made is None else self.stack.end(self._made)), None, {}
 
 
+class Given(NamedTuple):
+    """What all stages are given alike."""
+
+    split: dict[str, Array]
+    """The batch, [M, B, ...]."""
+    key: Any
+    weights: dict[str, Array]
+    """Those of all terms of the loss in the whole batch."""
+    zero: Sums
+    used: Array
+    """Microbatches that count; those beyond are padding."""
+
+
 class Pipeline:
     """The program of one model and one schedule. Its main stack is the one that the loss reads; the encoder of a decoder
     runs before it, all microbatches forward, and after the decoder all gradients back."""
 
     def __init__(self, config: Config, model: Transformer):
         self.config, self.model, self.objective = config, model, objective_of(config)
-        self.stages, self.parts, self.rounds = (
-            config.parallel.stage,
-            config.train.num_microbatches,
-            config.parallel.rounds,
-        )
+        self.stages, self.rounds = config.parallel.stage, config.parallel.rounds
+        self.parts = config.train.num_microbatches
         self.stacks = [name for name in ("encoder", "decoder") if getattr(model, name) is not None]
         self.table = schedule(config.parallel.schedule, self.stages, self.parts, self.rounds)
 
@@ -87,15 +97,14 @@ class Pipeline:
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), weights, whole.statistics))
         # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
         split = {n: x.reshape(-1, self.parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
-        given = (split, key, weights, zero, jnp.int32(used))
+        given = Given(split, key, weights, zero, jnp.int32(used))
 
         outer = dict(params)
         for name in self.stacks:
             outer[name] = {part: tree for part, tree in params[name].items() if part != "layers"}
         *reading, main = self.stacks
-        run = self._mapped(
-            self.table, self._run_main, (PartitionSpec(None, STAGE), *[PartitionSpec()] * 3, PartitionSpec(None, STAGE))
-        )
+        by_stage, all_alike = PartitionSpec(None, STAGE), PartitionSpec()
+        run = self._mapped(self.table, self._run_main, (by_stage, all_alike, all_alike, all_alike, by_stage))
         layers = self._staged(main, params[main]["layers"], self.rounds)
         if not reading:
             to_layers, to_outer, _, sums, log = run(layers, outer, None, given)
@@ -103,7 +112,7 @@ class Pipeline:
         else:
             (encoder,) = reading
             first = schedule("gpipe", self.stages, self.parts)
-            read = self._mapped(first, self._run_encoder, (PartitionSpec(STAGE), PartitionSpec(STAGE), PartitionSpec()))
+            read = self._mapped(first, self._run_encoder, (PartitionSpec(STAGE), PartitionSpec(STAGE), all_alike))
 
             def memory_of(layers: Tree, outer: Tree) -> Any:
                 memory, losses, sums = read(self._staged(encoder, layers, 1), outer, given)
@@ -153,8 +162,6 @@ class Pipeline:
 
         return jax.tree.map(place, parameter_specs(getattr(self.model, name).layers), layers, is_leaf=is_spec)
 
-    # What a stage does.
-
     def seams(self, outer: Tree, part: Tree, key: Any, **made: Array | None) -> tuple[dict[str, Seam], Outputs]:
         """Runs all of the model but its layers, which have made what is given, if anything."""
         model = bind(self.model, outer)
@@ -171,10 +178,9 @@ class Pipeline:
         loss, means = normalize(found["losses"], weights) if found.get("losses") else (jnp.zeros(()), {})
         return y, loss, (means, found.get("statistics", {}))
 
-    def part(self, given: Any, number: Array) -> tuple[dict[str, Array], Any]:
+    def part(self, given: Given, number: Array) -> tuple[dict[str, Array], Any]:
         """Returns a microbatch and its key, those of the first for a stage that rests."""
-        split, key, *_ = given
-        return _read(split, number), fold_in(key, jnp.maximum(number, 0))
+        return _read(given.split, number), fold_in(given.key, jnp.maximum(number, 0))
 
     def move(self, value: Any, by: int) -> Any:
         """Sends what a stage made to the next, or to the one before; round the ring where there are several rounds."""
@@ -182,16 +188,15 @@ class Pipeline:
         pairs = [pair for pair in pairs if self.rounds > 1 or pair[1] - pair[0] == by]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, STAGE, pairs), value)
 
-    def _run_encoder(self, stage: Array, columns: Any, layers: Tree, outer: Tree, given: Any) -> Any:
+    def _run_encoder(self, stage: Array, columns: Any, layers: Tree, outer: Tree, given: Given) -> Any:
         """Returns what the stage made of all microbatches, its share of the loss, and the sums of all stages."""
-        *_, weights, zero, used = given
 
         def tick(arrived: Array, number: Array) -> Any:
             part, key = self.part(given, number)
             seam = self.seams(outer, part, key)[0]["encoder"]
             x = jnp.where((stage == 0) | (number == IDLE), seam.x, self.move(arrived, 1))
-            y, loss, sums = self.run_layers("encoder", layers, seam, x, stage, weights)
-            counts = (number != IDLE) & (number < used)
+            y, loss, sums = self.run_layers("encoder", layers, seam, x, stage, given.weights)
+            counts = (number != IDLE) & (number < given.used)
             return y, (y, *jax.tree.map(lambda value: jnp.where(counts, value, 0), (loss, sums)))
 
         like = jax.eval_shape(lambda: self.seams(outer, *self.part(given, stage))[0]["encoder"].x)
@@ -199,15 +204,21 @@ class Pipeline:
         start = constrain(jnp.zeros(like.shape, like.dtype), "batch", "length", "hidden")
         _, (made, losses, (means, statistics)) = jax.lax.scan(jax.checkpoint(tick), start, ticks)
         loss = jnp.sum(losses)
-        total = _add(zero, jax.tree.map(lambda value: jnp.sum(value, axis=0), (losses, means, statistics)))
+        total = _add(given.zero, jax.tree.map(lambda value: jnp.sum(value, axis=0), (losses, means, statistics)))
         return made[None, self.stages - 1 :], loss[None], jax.lax.psum(jax.lax.stop_gradient(total), STAGE)
 
     def _run_main(
-        self, stage: Array, columns: Any, layers: Tree, outer: Tree, memory: Float[Array, "M B S D"] | None, given: Any
+        self,
+        stage: Array,
+        columns: Any,
+        layers: Tree,
+        outer: Tree,
+        memory: Float[Array, "M B S D"] | None,
+        given: Given,
     ) -> Any:
         """Returns the stage's gradients of its layers, and of all stages those of the other parameters and of `memory`, the
         sums, and the log."""
-        work, zero = Stage(self, stage, layers, outer, memory, given), given[3]
+        work = Stage(self, stage, layers, outer, memory, given)
         # Stages that have nothing yet compute with a first input that is none of theirs, and not with zeros.
         number = jnp.int32(0)
         x, label, slots = work.front(outer, _read(memory, number), number), jnp.full(2, IDLE), self.table.num_slots
@@ -217,7 +228,7 @@ class Pipeline:
             "back": (x, label),
             "layers": jax.tree.map(jnp.zeros_like, layers),
             "rest": jax.tree.map(jnp.zeros_like, (outer, memory)),
-            "sums": zero,
+            "sums": given.zero,
         }
         rows, logs = columns | self._flags(), []
         goes, comes = (np.any(half != IDLE, axis=1) for half in (self.table.forward, self.table.backward))
@@ -281,7 +292,7 @@ class Stage:
     layers: Tree
     outer: Tree
     memory: Float[Array, "M B S D"] | None
-    given: Any
+    given: Given
 
     @property
     def name(self) -> str:
@@ -301,7 +312,7 @@ class Stage:
     ) -> tuple[tuple[Array, Array], Any]:
         """Returns what a group of layers makes of `x` and its share of the loss, and its sums."""
         seam = self.seam(outer, source, number)
-        y, loss, sums = self.pipeline.run_layers(self.name, layers, seam, x, group, self.given[2])
+        y, loss, sums = self.pipeline.run_layers(self.name, layers, seam, x, group, self.given.weights)
         return (y, loss), sums
 
     def loss(self, outer: Tree, source: Array | None, y: Array, number: Array) -> tuple[Array, Any]:
@@ -309,7 +320,7 @@ class Stage:
         part, key = self.pipeline.part(self.given, number)
         _, outputs = self.pipeline.seams(outer, part, key, **{"encoder": source, self.name: y})
         terms = self.pipeline.objective.terms(self.pipeline.config.objective, outputs, part)
-        loss, means = normalize(terms.losses | terms.auxiliary, self.given[2])
+        loss, means = normalize(terms.losses | terms.auxiliary, self.given.weights)
         return loss, (means, terms.statistics)
 
     def of_round(self, layers: Tree, number: Array) -> Tree:
@@ -335,7 +346,7 @@ class Stage:
         number, group = row["backward"], row["backward_round"] * self.pipeline.stages + self.stage
         is_first, is_last = group == 0, group == self.pipeline.stages * self.pipeline.rounds - 1
         # Of a stage that rests nothing counts, though it computes as the others do.
-        counts = (number != IDLE) & (number < self.given[4])
+        counts = (number != IDLE) & (number < self.given.used)
         source = _read(self.memory, number)
         x, label = _read(state["kept"], row["backward_slot"])
         gradient, arrived_label = self.pipeline.move(state["back"], -1)
