@@ -198,8 +198,9 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
     size = config.evaluation.batch_size or config.train.batch_size
     config = replace(config, evaluation={"num_batches": 0, "batch_size": size})
     config = replace(config, model={"attention_implementation": "auto"})
-    # Nothing is trained here, so only the batch of the evaluation has to divide.
-    config = replace(config, train={"batch_size": size, "num_microbatches": 1, "batch_warmup_steps": 0})
+    # Nothing is trained here, so only the batch of the evaluation has to divide; stages ask for as many microbatches.
+    parts = max(1, config.parallel.stage)
+    config = replace(config, train={"batch_size": size * parts, "num_microbatches": parts, "batch_warmup_steps": 0})
     if config.parallel == run.config.parallel and mesh_problems(config, jax.device_count()):
         # The run's own mesh is of another machine.
         shards = math.gcd(size, jax.device_count())

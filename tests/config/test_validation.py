@@ -30,7 +30,7 @@ POSITIVE = (
     "model.norm_epsilon model.rotary_base model.initial_scale optimizer.learning_rate optimizer.epsilon "
     "train.num_steps train.batch_size train.num_microbatches train.max_nonfinite_steps train.log_every_steps "
     "evaluation.batch_size checkpoint.keep_latest model.chunk_length model.state_width model.convolution_width "
-    "model.num_features"
+    "model.num_features parallel.rounds"
 ).split()
 
 

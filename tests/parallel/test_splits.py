@@ -418,13 +418,6 @@ def test_creation_holds_no_whole_array(created: Any) -> None:
             {"data": {"sequence_length": 14}},
             "data.sequence_length = 14 is not divisible by parallel.context x parallel.tensor = 4",
         ),
-        ("dense", "stage=8", {}, "model.num_layers = 4 is not divisible by parallel.stage = 8"),
-        (
-            "dense",
-            "stage=4",
-            {"model": {"layers": "attention+attention.window"}},
-            "model.num_layers = 4, 2 periods of 2 layers, is not divisible by parallel.stage = 4",
-        ),
     ],
 )
 def test_splits_that_do_not_divide_are_named(model: str, split: str, changes: Any, sentence: str) -> None:

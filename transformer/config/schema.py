@@ -267,6 +267,10 @@ class ParallelConfig:
     """Split the optimizer's moments and the update over `replica` too, which keeps whole parameters (ZeRO-1)."""
     rules: tuple[str, ...] = ()
     """Which mesh axes split what, each NAME=AXIS,AXIS (nothing after =: whole), instead of the table `describe` prints."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """Order in which stages compute: all forward and then all back, back as soon as may be, or the same in several rounds."""
+    rounds: int = 1
+    """Times that a microbatch passes through all stages, each with as many groups of layers (interleaved)."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments in the host's memory: less on each device, and a transfer both ways in every step."""
     cpu_devices: int = 0

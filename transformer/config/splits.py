@@ -47,17 +47,9 @@ def problems_of_splits(config: Config, sizes: Sizes) -> list[str]:
     ]
 
 
-def _stacks(config: Config) -> dict[str, tuple[int, tuple[LayerKind, ...]]]:
-    """Returns the depth and one period of the layers of each stack, by the key of its depth."""
-    model = config.model
-    stacks = {"num_layers": (model.num_layers, model.kinds)}
-    if model.architecture == "encoder_decoder":
-        stacks["num_encoder_layers"] = (model.encoder_depth, model.encoder_kinds)
-    return stacks
-
-
 def _kinds(config: Config) -> set[LayerKind]:
-    return {kind for _, kinds in _stacks(config).values() for kind in kinds}
+    model = config.model
+    return {*model.kinds, *(model.encoder_kinds if model.architecture == "encoder_decoder" else ())}
 
 
 def _is_ruled(config: Config, name: str) -> bool:
@@ -109,18 +101,8 @@ def _lengths(config: Config, parts: int, split: str) -> Iterator[str]:
             yield f"data.{key} = {length} is not divisible by {split} = {parts}"
 
 
-def _stage(config: Config, split: str, sizes: Sizes) -> Iterator[str]:
-    for key, (depth, kinds) in _stacks(config).items():
-        periods = depth // len(kinds)
-        if periods % sizes["stage"]:
-            what = f"model.{key} = {depth}"
-            what += f", {periods} periods of {len(kinds)} layers," if len(kinds) > 1 else ""
-            yield f"{what} is not divisible by {split}"
-
-
 RULES: dict[str, Callable[[Config, str, Sizes], Iterator[str]]] = {
     "tensor": _tensor,
     "expert": _expert,
     "context": _context,
-    "stage": _stage,
 }

@@ -229,6 +229,8 @@ def _run_problems(config: Config) -> Iterator[str]:
         parts = f"the warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
         yield f"optimizer.schedule = 'wsd': {parts}"
     yield from _optimizer_problems(config)
+    if parallel.stage != 1 or parallel.rounds != 1:
+        yield from importlib.import_module("transformer.config.pipelines").stage_problems(config)
     if train.batch_warmup_steps > max(0, train.num_steps):
         yield f"train.batch_warmup_steps = {train.batch_warmup_steps} is longer than {total}"
     elif train.batch_warmup_steps and train.num_microbatches == 1:

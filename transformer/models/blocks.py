@@ -158,9 +158,15 @@ class Stack(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Auxiliary]:
-        config = self.config
         context = dataclasses.replace(context, bias=None if self.bias is None else self.bias())
-        module, stacked = self.layers, parameter_specs(self.layers)
+        x, cache, auxiliary = self.run(parameter_specs(self.layers), x, context, cache, key)
+        return self.end(x), cache, auxiliary
+
+    def run(
+        self, stacked: Tree, x: Array, context: Context, cache: Cache | None, key: PRNGKeyArray | None, first: Any = 0
+    ) -> tuple[Array, Cache | None, Auxiliary]:
+        """Runs the layers whose parameters are `stacked`, some of the stack's in a row or all, from number `first` on."""
+        config, module, depth = self.config, self.layers, len(jax.tree.leaves(stacked)[0])
 
         def run(parameters: Tree, x: Any, context: Context, cache: Any, layer: Any, key: Any) -> Any:
             return bind(module, parameters)(x, context, cache, layer, fold_in(key, layer))
@@ -174,18 +180,19 @@ class Stack(nnx.Module):
                     *carry, auxiliary = run(parameters, carry[0], context, carry[1], layer, key)
                     return tuple(carry), auxiliary
 
-            (x, cache), found = jax.lax.scan(step, (x, cache), (stacked, jnp.arange(self.num_periods)))
-            auxiliary: Auxiliary = jax.tree.map(lambda values: jnp.sum(values, axis=0), found)
-        else:
-            auxiliary = {}
-            for layer, parameters in enumerate(unstack(stacked, self.num_periods)):
-                with jax.named_scope(f"layer_{layer}"):
-                    x, cache, found = run(parameters, x, context, cache, jnp.int32(layer), key)
-                    auxiliary = add_auxiliary(auxiliary, found)
-        if self.final_norm is not None:
-            with jax.named_scope("final_norm"):
-                x = self.final_norm(x)
+            (x, cache), found = jax.lax.scan(step, (x, cache), (stacked, first + jnp.arange(depth)))
+            return x, cache, jax.tree.map(lambda values: jnp.sum(values, axis=0), found)
+        auxiliary = {}
+        for layer, parameters in enumerate(unstack(stacked, depth)):
+            with jax.named_scope(f"layer_{layer}"):
+                x, cache, found = run(parameters, x, context, cache, jnp.int32(first + layer), key)
+                auxiliary = add_auxiliary(auxiliary, found)
         return x, cache, auxiliary
+
+    def end(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns what the norm at the end makes of the last layer's output."""
+        with jax.named_scope("final_norm"):
+            return x if self.final_norm is None else self.final_norm(x)
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
         """Returns what all layers remember, with a leading dimension for those of one kind."""

@@ -84,6 +84,8 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
     weight in the whole batch, so that the sum is the gradient of the whole however unevenly the weights fall. All parts
     count, unless a number of them is given, an int32 scalar; those beyond have to be padding.
     """
+    if config.parallel.stage != 1:
+        return importlib.import_module("transformer.training.pipeline").make_gradient(config, model, layout)
     terms_of = make_terms(config, model)
     parts = config.train.num_microbatches
 
