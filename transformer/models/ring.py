@@ -1,0 +1,344 @@
+"""Attention of texts that are split over devices: keys and values go round a ring (Liu et al. 2023, arXiv:2310.01889).
+
+Each device keeps its queries and meets the keys of one device after another, by the blocks of `blockwise`, while the next
+ones travel. The gradient goes round again, and the gradients of keys and values travel with them. Memory is that of a
+device's own tokens, whatever the number of devices. Which blocks a device computes in which step is listed before
+compilation, from the columns that the mask lets each block see; the programs of all devices loop over their own lists.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from transformer.config import ConfigError
+from transformer.models.blockwise import (
+    Blocks,
+    Rows,
+    State,
+    block_size,
+    is_scattered,
+    normalized,
+    nothing_seen,
+    put,
+    with_block,
+    with_gradients,
+)
+from transformer.models.masks import Mask
+from transformer.models.mixers import Bias
+from transformer.parallel.parts import AXIS, Layout, layout_of, on_parts, shift
+from transformer.parallel.sharding import num_parts
+
+IMPLEMENTATIONS = ("auto", "blockwise")
+"""What `model.attention_implementation` may be here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ring(Blocks):
+    """What is known before any data."""
+
+    layout: Layout
+    lengths: tuple[int, int]
+    """Queries and keys of a device."""
+    num_runs: int
+    """Runs of columns that a device holds: 1, its part of the text; or 2, one from the text's first half and its mirror
+    image from the second, so that causal queries see as many keys on every device."""
+    first: int
+    """How many places before it on the ring the first keys are from that a device meets."""
+    spans: Int[np.ndarray, "E S Z 2"]
+    """For each device and step, and each pair of a block of queries and a run of keys, in this order: the first block of
+    keys to meet, and the one after the last."""
+
+    @property
+    def num_pairs(self) -> Int[np.ndarray, "E S"]:
+        """Pairs of blocks that each device computes in each step."""
+        return np.sum(self.spans[..., 1] - self.spans[..., 0], axis=2)
+
+
+def attend(name: str, *arrays: Any, **options: Any) -> Float[Array, "B T N U"]:
+    """Returns `ring_attention`; raises ConfigError for an implementation other than its own."""
+    if name not in IMPLEMENTATIONS:
+        advice = "use 'auto', or model.context_attention = 'all_to_all'"
+        raise ConfigError(f"model.attention_implementation = {name!r}: a ring computes by blocks of its own; {advice}")
+    return ring_attention(*arrays, **options)
+
+
+def ring_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K U"],
+    mask: Mask,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+) -> Float[Array, "B T N U"]:
+    """Returns what `dot_product_attention` does, of lengths that the mesh's `context` axis divides."""
+    query = query * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    layout = layout_of(query)
+    key, value = (layout.repeated(x) for x in (key, value))
+    tables, structure = jax.tree.flatten(bias)
+    ring = plan(mask, num_parts(), soft_cap, layout, structure)
+    output: Array = _attend(ring, query, key, value, *map(jax.tree.leaves, (mask.query, mask.key)), tables)
+    return output
+
+
+def plan(mask: Mask, num_devices: int, soft_cap: float = 0.0, layout: Layout = Layout((), ()), bias: Any = None) -> Ring:
+    """Returns the ring whose busiest devices compute least, step by step: all wait for each other at the end of each."""
+    deals = [1, 2] if mask.aligned and mask.num_queries % (2 * num_devices) == 0 else [1]
+    rings = [_ring(mask, num_devices, runs, soft_cap, layout, bias) for runs in deals]
+    return min(rings, key=lambda ring: np.sum(np.max(ring.num_pairs, axis=0)) * ring.rows * ring.columns)
+
+
+def runs_of(num_devices: int, num_runs: int) -> Int[np.ndarray, "E R"]:
+    """Returns the runs of columns that each device holds."""
+    device = np.arange(num_devices)[:, None]
+    return device if num_runs == 1 else np.concatenate([device, 2 * num_devices - 1 - device], axis=1)
+
+
+def _ring(mask: Mask, num_devices: int, num_runs: int, soft_cap: float, layout: Layout, bias: Any) -> Ring:
+    runs, lengths = runs_of(num_devices, num_runs), (mask.num_queries // num_devices, mask.num_keys // num_devices)
+    of_queries, of_keys = (length // num_runs for length in lengths)
+    rows, columns = block_size(of_queries, mask.sparsity), block_size(of_keys, mask.sparsity)
+    blocks = [(start, min(start + rows, of_queries)) for start in range(0, of_queries, rows)]
+    seen = np.asarray(
+        [
+            [mask.columns(run * of_queries + start, run * of_queries + end) for run in own for start, end in blocks]
+            for own in runs.tolist()
+        ]
+    )
+    # In step s a device meets the keys of the one s places before it: [devices, steps, blocks of queries, runs of keys, 2].
+    source = (np.arange(num_devices)[:, None] - np.arange(num_devices)) % num_devices
+    seen = np.clip(seen[:, None, :, None] - (runs * of_keys)[source][:, :, None, :, None], 0, of_keys)
+    spans = np.stack([seen[..., 0] // columns, -(-seen[..., 1] // columns)], axis=-1)
+    spans = np.where(seen[..., :1] < seen[..., 1:], spans + np.arange(num_runs)[:, None] * -(-of_keys // columns), 0)
+    spans = spans.reshape(num_devices, num_devices, -1, 2).astype(np.int32)
+    first, count = _busy_arc(np.any(spans[..., 0] < spans[..., 1], axis=(0, 2)).tolist())
+    spans = spans[:, (first + np.arange(count)) % num_devices]
+    structure, skips = jax.tree.structure(mask), is_scattered(mask.sparsity)
+    return Ring(rows, columns, soft_cap, skips, structure, bias, layout, lengths, num_runs, first, spans)
+
+
+def _busy_arc(busy: list[bool]) -> tuple[int, int]:
+    """Returns the first step and the number of steps of the shortest arc of the ring outside which there is no work."""
+    count = len(busy)
+    idle = [next((n for n in range(count) if busy[(start + n) % count]), count) for start in range(count)]
+    start = max(range(count), key=idle.__getitem__)
+    return (start + idle[start]) % count, count - idle[start]
+
+
+class Held(NamedTuple):
+    """What a device has of its part, in blocks: [blocks, B, ...]."""
+
+    query: Array
+    key: Array
+    value: Array
+    query_places: list[Array]
+    key_places: list[Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    ring: Ring,
+    query: Array,
+    key: Array,
+    value: Array,
+    query_places: list[Array],
+    key_places: list[Array],
+    tables: list[Array],
+) -> Array:
+    return _forward(ring, query, key, value, query_places, key_places, tables)[0]
+
+
+def _forward(ring: Ring, *arrays: Any) -> tuple[Array, Any]:
+    *arrays, tables = arrays
+    layout = ring.layout
+    activations, tokens, blocks = layout.activations, layout.tokens, PartitionSpec(AXIS, layout.batch, layout.heads)
+    held_blocks = Held(blocks, blocks, blocks, *2 * (PartitionSpec(AXIS, layout.batch),))
+    in_specs = (activations, activations, activations, tokens, tokens, [layout.per_head(table) for table in tables])
+    run = on_parts(functools.partial(_forward_part, ring), in_specs, (activations, (held_blocks, blocks, blocks)))
+    output, kept = run(*arrays, tables)
+    return output, (kept, tables)
+
+
+def _forward_part(
+    ring: Ring,
+    query: Array,
+    key: Array,
+    value: Array,
+    query_places: list[Array],
+    key_places: list[Array],
+    tables: list[Array],
+) -> tuple[Array, Any]:
+    batch, length, num_heads, _ = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, query.shape[3])
+    query, key, value, query_places, key_places = _deal(ring, (query, key, value, query_places, key_places))
+    held = Held(
+        _in_blocks(ring, query, ring.rows).transpose(0, 1, 3, 4, 2, 5),
+        *(_in_blocks(ring, x, ring.columns).swapaxes(2, 3) for x in (key, value)),
+        [_in_blocks(ring, x, ring.rows) for x in query_places],
+        [_in_blocks(ring, x, ring.columns) for x in key_places],
+    )
+
+    def meet(spans: Array, visiting: Held, states: State) -> State:
+        def meet_run(number: Array, states: State) -> State:
+            i, (start, stop) = number // ring.num_runs, spans[number]
+
+            def meet_block(j: Array, state: State) -> State:
+                seen = _seen(ring, visiting, i, j)
+                return with_block(ring, state, held.query[i], visiting.key[j], visiting.value[j], seen, tables)
+
+            return put(states, jax.lax.fori_loop(start, stop, meet_block, _item(states, i)), i)
+
+        return jax.lax.fori_loop(0, len(spans), meet_run, states)
+
+    def step(carry: Any, spans: Array) -> tuple[Any, None]:
+        visiting, states = carry
+        # The next keys come meanwhile; after the last step for nothing, or the loop's body would be compiled twice.
+        return (_next(visiting), meet(spans, visiting, states)), None
+
+    states = nothing_seen(held.query.shape[:-1], value.shape[-1])
+    (_, states), _ = jax.lax.scan(step, (_next(held, ring.first), states), _own_spans(ring))
+    output, logsumexp = normalized(states, value.dtype)
+    joined = _out_of_blocks(ring, output.transpose(0, 1, 4, 2, 3, 5), length)
+    return _deal_back(ring, joined).reshape(batch, length, num_heads, -1), (held, output, logsumexp)
+
+
+def _backward(ring: Ring, residuals: Any, ahead: Array) -> tuple[Any, ...]:
+    kept, tables = residuals
+    layout = ring.layout
+    activations, blocks = layout.activations, PartitionSpec(AXIS, layout.batch, layout.heads)
+    held_blocks = Held(blocks, blocks, blocks, *2 * (PartitionSpec(AXIS, layout.batch),))
+    per_head = [layout.per_head(table) for table in tables]
+    in_specs = ((held_blocks, blocks, blocks), per_head, activations)
+    out_specs = (activations, activations, activations, per_head)
+    run = on_parts(functools.partial(_backward_part, ring), in_specs, out_specs)
+    to_query, to_key, to_value, to_tables = run(kept, tables, ahead)
+    return to_query, to_key, to_value, None, None, to_tables
+
+
+def _backward_part(ring: Ring, kept: Any, tables: list[Array], ahead: Array) -> tuple[Any, ...]:
+    held, output, logsumexp = kept
+    batch, length, num_heads, _ = ahead.shape
+    ahead = _deal(ring, ahead.reshape(batch, length, *held.query.shape[2:4], -1))
+    ahead = _in_blocks(ring, ahead, ring.rows).transpose(0, 1, 3, 4, 2, 5)
+    dot = jnp.sum(ahead.astype(jnp.float32) * output, axis=-1)
+
+    def meet(spans: Array, visiting: Held, sums: Any) -> Any:
+        def meet_run(number: Array, sums: Any) -> Any:
+            i, (start, stop) = number // ring.num_runs, spans[number]
+            rows = Rows(held.query[i], ahead[i], dot[i], logsumexp[i])
+
+            def meet_block(j: Array, sums: Any) -> Any:
+                to_row, to_keys, to_tables = sums
+                here = (to_row, *_item(to_keys, j), to_tables)
+                seen = _seen(ring, visiting, i, j)
+                here = with_gradients(ring, here, rows, visiting.key[j], visiting.value[j], seen, tables)
+                return here[0], put(to_keys, here[1:3], j), here[3]
+
+            to_query, *others = sums
+            to_row, *others = jax.lax.fori_loop(start, stop, meet_block, (to_query[i], *others))
+            return put(to_query, to_row, i), *others
+
+        return jax.lax.fori_loop(0, len(spans), meet_run, sums)
+
+    def step(carry: Any, spans: Array) -> tuple[Any, None]:
+        visiting, sums = carry
+        to_query, to_keys, to_tables = meet(spans, visiting, sums)
+        return (_next(visiting), (to_query, shift(to_keys, 1), to_tables)), None
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (held.query, (held.key, held.value), tables))
+    (_, sums), _ = jax.lax.scan(step, (_next(held, ring.first), zero), _own_spans(ring))
+    to_query, to_keys, to_tables = sums
+    home = shift(to_keys, -ring.first - ring.spans.shape[1])
+    to_query = _out_of_blocks(ring, to_query.transpose(0, 1, 4, 2, 3, 5), length)
+    gradients = (
+        to_query.astype(held.query.dtype).reshape(batch, length, num_heads, -1),
+        *(_out_of_blocks(ring, x.swapaxes(2, 3), ring.lengths[1]).astype(held.key.dtype) for x in home),
+    )
+    to_tables = jax.lax.psum(to_tables, (*ring.layout.batch, AXIS))
+    to_tables = jax.tree.map(lambda total, table: total.astype(table.dtype), to_tables, tables)
+    return *_deal_back(ring, gradients), to_tables
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _next(held: Held, places: int = 1) -> Held:
+    """Returns the keys of the device so many places before, with the queries as they are."""
+    key, value, key_places = shift((held.key, held.value, held.key_places), places)
+    return held._replace(key=key, value=value, key_places=key_places)
+
+
+def _own_spans(ring: Ring) -> Int[Array, "S Z 2"]:
+    return jnp.asarray(ring.spans)[jax.lax.axis_index(AXIS)]
+
+
+def _seen(ring: Ring, held: Held, i: Array, j: Array) -> Mask:
+    mask: Mask = jax.tree.unflatten(ring.mask, [*_item(held.query_places, i), *_item(held.key_places, j)])
+    return mask
+
+
+def _item(arrays: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: x[index], arrays)
+
+
+def _in_blocks(ring: Ring, x: Array, size: int) -> Array:
+    """Returns a device's tokens in blocks, [blocks, B, size, ...], each run filled up with tokens of segment 0."""
+    x = x.reshape(len(x), ring.num_runs, -1, *x.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % size)] + [(0, 0)] * (x.ndim - 3))
+    return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[3:]), 1, 0)
+
+
+def _out_of_blocks(ring: Ring, x: Array, length: int) -> Array:
+    """Returns blocks as [B, length, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    x = x.reshape(len(x), ring.num_runs, -1, *x.shape[3:])[:, :, : length // ring.num_runs]
+    return x.reshape(len(x), length, *x.shape[3:])
+
+
+def _deal(ring: Ring, tree: Any) -> Any:
+    """Returns a device's runs of arrays [B, T, ...] for its part of them. Even runs and odd ones travel apart: every device
+    gives and gets one of each."""
+    if ring.num_runs == 1:
+        return tree
+    even, odd = (jax.lax.ppermute(half, AXIS, way) for half, way in zip(_halves(tree), _ways(), strict=True))
+    return _joined(*_crossed(even, odd))
+
+
+def _deal_back(ring: Ring, tree: Any) -> Any:
+    """Returns a device's part of arrays for its runs of them."""
+    if ring.num_runs == 1:
+        return tree
+    back = [[(holder, device) for device, holder in way] for way in _ways()]
+    return _joined(
+        *(jax.lax.ppermute(half, AXIS, way) for half, way in zip(_crossed(*_halves(tree)), back, strict=True))
+    )
+
+
+def _ways() -> list[list[tuple[int, int]]]:
+    """Returns for the first and for the second run of each device's part the device that it is dealt to."""
+    count = jax.lax.axis_size(AXIS)
+    holders = [min(run, 2 * count - 1 - run) for run in range(2 * count)]
+    return [[(device, holders[2 * device + half]) for device in range(count)] for half in (0, 1)]
+
+
+def _crossed(one: Any, other: Any) -> tuple[Any, Any]:
+    """Returns both on even devices, and the other first on odd ones: the first run there is an odd one."""
+    is_even = jax.lax.axis_index(AXIS) % 2 == 0
+    choose = functools.partial(jnp.where, is_even)
+    return jax.tree.map(choose, one, other), jax.tree.map(choose, other, one)
+
+
+def _halves(tree: Any) -> list[Any]:
+    return [jax.tree.map(lambda x, half=half: jnp.split(x, 2, axis=1)[half], tree) for half in (0, 1)]
+
+
+def _joined(one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), one, other)
