@@ -133,66 +133,56 @@ def _busy_arc(busy: list[bool]) -> tuple[int, int]:
     return (start + idle[start]) % count, count - idle[start]
 
 
-class Held(NamedTuple):
-    """What a device has of its part, in blocks: [blocks, B, ...]."""
+class Keys(NamedTuple):
+    """What travels, in blocks: [J, B, ...]."""
 
-    query: Array
     key: Array
     value: Array
-    query_places: list[Array]
-    key_places: list[Array]
+    places: list[Array]
+
+
+Arguments = tuple[Array, Array, Array, list[Array], list[Array], list[Array]]
+"""Queries, keys and values, the arrays of their places, and those of the bias."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    ring: Ring,
-    query: Array,
-    key: Array,
-    value: Array,
-    query_places: list[Array],
-    key_places: list[Array],
-    tables: list[Array],
-) -> Array:
-    return _forward(ring, query, key, value, query_places, key_places, tables)[0]
+def _attend(ring: Ring, *arguments: Any) -> Array:
+    return _forward(ring, *arguments)[0]
 
 
-def _forward(ring: Ring, *arrays: Any) -> tuple[Array, Any]:
-    *arrays, tables = arrays
+def _specs(ring: Ring, tables: list[Array]) -> tuple[PartitionSpec, Any]:
+    """Returns the layouts of activations, and of the arguments of `_attend`."""
     layout = ring.layout
-    activations, tokens, blocks = layout.activations, layout.tokens, PartitionSpec(AXIS, layout.batch, layout.heads)
-    held_blocks = Held(blocks, blocks, blocks, *2 * (PartitionSpec(AXIS, layout.batch),))
-    in_specs = (activations, activations, activations, tokens, tokens, [layout.per_head(table) for table in tables])
-    run = on_parts(functools.partial(_forward_part, ring), in_specs, (activations, (held_blocks, blocks, blocks)))
-    output, kept = run(*arrays, tables)
-    return output, (kept, tables)
+    heads, rows = layout.activations, layout.tokens
+    return heads, (heads, heads, heads, rows, rows, [layout.per_head(table) for table in tables])
 
 
-def _forward_part(
-    ring: Ring,
-    query: Array,
-    key: Array,
-    value: Array,
-    query_places: list[Array],
-    key_places: list[Array],
-    tables: list[Array],
-) -> tuple[Array, Any]:
-    batch, length, num_heads, _ = query.shape
-    query = query.reshape(batch, length, key.shape[2], -1, query.shape[3])
-    query, key, value, query_places, key_places = _deal(ring, (query, key, value, query_places, key_places))
-    held = Held(
-        _in_blocks(ring, query, ring.rows).transpose(0, 1, 3, 4, 2, 5),
-        *(_in_blocks(ring, x, ring.columns).swapaxes(2, 3) for x in (key, value)),
-        [_in_blocks(ring, x, ring.rows) for x in query_places],
-        [_in_blocks(ring, x, ring.columns) for x in key_places],
-    )
+def _forward(ring: Ring, *arguments: Any) -> tuple[Array, Any]:
+    heads, specs = _specs(ring, arguments[-1])
+    output, logsumexp = on_parts(functools.partial(_forward_part, ring), (specs,), (heads, heads))(arguments)
+    return output, (arguments, output, logsumexp)
 
-    def meet(spans: Array, visiting: Held, states: State) -> State:
+
+def _backward(ring: Ring, residuals: Any, ahead: Array) -> tuple[Any, ...]:
+    arguments, *_ = residuals
+    heads, specs = _specs(ring, arguments[-1])
+    run = on_parts(functools.partial(_backward_part, ring), (specs, heads, heads, heads), (*specs[:3], specs[-1]))
+    to_query, to_key, to_value, to_tables = run(*residuals, ahead)
+    return to_query, to_key, to_value, None, None, to_tables
+
+
+def _forward_part(ring: Ring, arguments: Arguments) -> tuple[Array, Array]:
+    """Returns what a device's queries gather, and the logarithms of the sums of their exponentials: [B, T, N, U], [B, T, N]."""
+    *_, tables = arguments
+    query, query_places, keys = _hold(ring, arguments)
+
+    def meet(spans: Array, visiting: Keys, states: State) -> State:
         def meet_run(number: Array, states: State) -> State:
             i, (start, stop) = number // ring.num_runs, spans[number]
 
             def meet_block(j: Array, state: State) -> State:
-                seen = _seen(ring, visiting, i, j)
-                return with_block(ring, state, held.query[i], visiting.key[j], visiting.value[j], seen, tables)
+                seen = _seen(ring, query_places, i, visiting, j)
+                return with_block(ring, state, query[i], visiting.key[j], visiting.value[j], seen, tables)
 
             return put(states, jax.lax.fori_loop(start, stop, meet_block, _item(states, i)), i)
 
@@ -201,44 +191,35 @@ def _forward_part(
     def step(carry: Any, spans: Array) -> tuple[Any, None]:
         visiting, states = carry
         # The next keys come meanwhile; after the last step for nothing, or the loop's body would be compiled twice.
-        return (_next(visiting), meet(spans, visiting, states)), None
+        return (shift(visiting, 1), meet(spans, visiting, states)), None
 
-    states = nothing_seen(held.query.shape[:-1], value.shape[-1])
-    (_, states), _ = jax.lax.scan(step, (_next(held, ring.first), states), _own_spans(ring))
-    output, logsumexp = normalized(states, value.dtype)
-    joined = _out_of_blocks(ring, output.transpose(0, 1, 4, 2, 3, 5), length)
-    return _deal_back(ring, joined).reshape(batch, length, num_heads, -1), (held, output, logsumexp)
-
-
-def _backward(ring: Ring, residuals: Any, ahead: Array) -> tuple[Any, ...]:
-    kept, tables = residuals
-    layout = ring.layout
-    activations, blocks = layout.activations, PartitionSpec(AXIS, layout.batch, layout.heads)
-    held_blocks = Held(blocks, blocks, blocks, *2 * (PartitionSpec(AXIS, layout.batch),))
-    per_head = [layout.per_head(table) for table in tables]
-    in_specs = ((held_blocks, blocks, blocks), per_head, activations)
-    out_specs = (activations, activations, activations, per_head)
-    run = on_parts(functools.partial(_backward_part, ring), in_specs, out_specs)
-    to_query, to_key, to_value, to_tables = run(kept, tables, ahead)
-    return to_query, to_key, to_value, None, None, to_tables
+    states = nothing_seen(query.shape[:-1], keys.value.shape[-1])
+    (_, states), _ = jax.lax.scan(step, (shift(keys, ring.first), states), _own_spans(ring))
+    output, logsumexp = normalized(states, keys.value.dtype)
+    output, logsumexp = _ungrouped(ring, output), _ungrouped(ring, logsumexp[..., None])
+    return output, logsumexp[..., 0]
 
 
-def _backward_part(ring: Ring, kept: Any, tables: list[Array], ahead: Array) -> tuple[Any, ...]:
-    held, output, logsumexp = kept
-    batch, length, num_heads, _ = ahead.shape
-    ahead = _deal(ring, ahead.reshape(batch, length, *held.query.shape[2:4], -1))
-    ahead = _in_blocks(ring, ahead, ring.rows).transpose(0, 1, 3, 4, 2, 5)
+def _backward_part(
+    ring: Ring, arguments: Arguments, output: Array, logsumexp: Array, ahead: Array
+) -> tuple[Array, Array, Array, list[Array]]:
+    """Returns the gradients of queries, keys, values and the bias's arrays."""
+    *_, tables = arguments
+    query, query_places, keys = _hold(ring, arguments)
+    kv_heads = query.shape[2]
     dot = jnp.sum(ahead.astype(jnp.float32) * output, axis=-1)
+    ahead = _grouped(ring, ahead, kv_heads)
+    dot, logsumexp = (_grouped(ring, x[..., None], kv_heads)[..., 0] for x in (dot, logsumexp))
 
-    def meet(spans: Array, visiting: Held, sums: Any) -> Any:
+    def meet(spans: Array, visiting: Keys, sums: Any) -> Any:
         def meet_run(number: Array, sums: Any) -> Any:
             i, (start, stop) = number // ring.num_runs, spans[number]
-            rows = Rows(held.query[i], ahead[i], dot[i], logsumexp[i])
+            rows = Rows(query[i], ahead[i], dot[i], logsumexp[i])
 
             def meet_block(j: Array, sums: Any) -> Any:
                 to_row, to_keys, to_tables = sums
                 here = (to_row, *_item(to_keys, j), to_tables)
-                seen = _seen(ring, visiting, i, j)
+                seen = _seen(ring, query_places, i, visiting, j)
                 here = with_gradients(ring, here, rows, visiting.key[j], visiting.value[j], seen, tables)
                 return here[0], put(to_keys, here[1:3], j), here[3]
 
@@ -251,37 +232,27 @@ def _backward_part(ring: Ring, kept: Any, tables: list[Array], ahead: Array) -> 
     def step(carry: Any, spans: Array) -> tuple[Any, None]:
         visiting, sums = carry
         to_query, to_keys, to_tables = meet(spans, visiting, sums)
-        return (_next(visiting), (to_query, shift(to_keys, 1), to_tables)), None
+        return (shift(visiting, 1), (to_query, shift(to_keys, 1), to_tables)), None
 
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (held.query, (held.key, held.value), tables))
-    (_, sums), _ = jax.lax.scan(step, (_next(held, ring.first), zero), _own_spans(ring))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (query, (keys.key, keys.value), tables))
+    (_, sums), _ = jax.lax.scan(step, (shift(keys, ring.first), zero), _own_spans(ring))
     to_query, to_keys, to_tables = sums
+    to_query = _ungrouped(ring, to_query.astype(query.dtype))
     home = shift(to_keys, -ring.first - ring.spans.shape[1])
-    to_query = _out_of_blocks(ring, to_query.transpose(0, 1, 4, 2, 3, 5), length)
-    gradients = (
-        to_query.astype(held.query.dtype).reshape(batch, length, num_heads, -1),
-        *(_out_of_blocks(ring, x.swapaxes(2, 3), ring.lengths[1]).astype(held.key.dtype) for x in home),
-    )
+    to_key, to_value = (_undealt(ring, x.swapaxes(2, 3).astype(keys.key.dtype), ring.lengths[1]) for x in home)
     to_tables = jax.lax.psum(to_tables, (*ring.layout.batch, AXIS))
-    to_tables = jax.tree.map(lambda total, table: total.astype(table.dtype), to_tables, tables)
-    return *_deal_back(ring, gradients), to_tables
+    return to_query, to_key, to_value, [total.astype(x.dtype) for total, x in zip(to_tables, tables, strict=True)]
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _next(held: Held, places: int = 1) -> Held:
-    """Returns the keys of the device so many places before, with the queries as they are."""
-    key, value, key_places = shift((held.key, held.value, held.key_places), places)
-    return held._replace(key=key, value=value, key_places=key_places)
 
 
 def _own_spans(ring: Ring) -> Int[Array, "S Z 2"]:
     return jnp.asarray(ring.spans)[jax.lax.axis_index(AXIS)]
 
 
-def _seen(ring: Ring, held: Held, i: Array, j: Array) -> Mask:
-    mask: Mask = jax.tree.unflatten(ring.mask, [*_item(held.query_places, i), *_item(held.key_places, j)])
+def _seen(ring: Ring, query_places: list[Array], i: Array, keys: Keys, j: Array) -> Mask:
+    mask: Mask = jax.tree.unflatten(ring.mask, [*_item(query_places, i), *_item(keys.places, j)])
     return mask
 
 
@@ -289,18 +260,39 @@ def _item(arrays: Any, index: Array) -> Any:
     return jax.tree.map(lambda x: x[index], arrays)
 
 
-def _in_blocks(ring: Ring, x: Array, size: int) -> Array:
-    """Returns a device's tokens in blocks, [blocks, B, size, ...], each run filled up with tokens of segment 0."""
+def _hold(ring: Ring, arguments: Arguments) -> tuple[Array, list[Array], Keys]:
+    """Returns a device's queries, the arrays of their places, and its keys, dealt and in blocks."""
+    query, key, value, query_places, key_places, _ = arguments
+    places = [_dealt(ring, x, ring.columns) for x in key_places]
+    keys = Keys(*(_dealt(ring, x, ring.columns).swapaxes(2, 3) for x in (key, value)), places)
+    return _grouped(ring, query, key.shape[2]), [_dealt(ring, x, ring.rows) for x in query_places], keys
+
+
+def _grouped(ring: Ring, x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "I B K G C H"]:
+    """Returns blocks of what queries have, the heads in groups that share keys, before the tokens."""
+    x = _dealt(ring, x, ring.rows)
+    return x.reshape(*x.shape[:3], kv_heads, -1, x.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
+
+
+def _ungrouped(ring: Ring, x: Float[Array, "I B K G C H"]) -> Float[Array, "B T N H"]:
+    x = x.transpose(0, 1, 4, 2, 3, 5)
+    return _undealt(ring, x.reshape(*x.shape[:3], -1, x.shape[-1]), ring.lengths[0])
+
+
+def _dealt(ring: Ring, x: Array, size: int) -> Array:
+    """Returns a device's runs for its part of an array [B, T, ...], in blocks [I, B, size, ...]; tokens of segment 0 fill up
+    each run."""
+    x = _deal(ring, x)
     x = x.reshape(len(x), ring.num_runs, -1, *x.shape[2:])
     x = jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % size)] + [(0, 0)] * (x.ndim - 3))
     return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[3:]), 1, 0)
 
 
-def _out_of_blocks(ring: Ring, x: Array, length: int) -> Array:
-    """Returns blocks as [B, length, ...]."""
+def _undealt(ring: Ring, x: Array, length: int) -> Array:
+    """Returns a device's part for its runs in blocks: [I, B, C, ...] to [B, length, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     x = x.reshape(len(x), ring.num_runs, -1, *x.shape[3:])[:, :, : length // ring.num_runs]
-    return x.reshape(len(x), length, *x.shape[3:])
+    return _deal_back(ring, x.reshape(len(x), length, *x.shape[3:]))
 
 
 def _deal(ring: Ring, tree: Any) -> Any:
