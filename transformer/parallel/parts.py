@@ -75,22 +75,20 @@ def shift(tree: Any, places: int) -> Any:
     return jax.lax.ppermute(tree, AXIS, [(device, (device + places) % count) for device in range(count)])
 
 
+def handed_on(tree: Any, places: int = 1, backwards: bool = False) -> Any:
+    """Returns what the device so many places before has, zeros where there is none; or after, if `backwards`."""
+    pairs = [(device, device + places) for device in range(jax.lax.axis_size(AXIS) - places)]
+    return jax.lax.ppermute(tree, AXIS, [(to, source) for source, to in pairs] if backwards else pairs)
+
+
 def before(summary: Any, compose: Callable[[Any, Any], Any], backwards: bool = False) -> Any:
-    """Returns the summary of all parts before each device's own, of zeros on the first; or after it, if `backwards`.
+    """Returns the summary of all parts before each device's own, zeros on the first; or of all after it, if `backwards`.
 
-    `compose(later, earlier)` gives the summary of two neighbours, of a part and zeros the part's own. So many steps as
-    the number of devices has bits (Hillis & Steele 1986), then one to the next.
+    `compose(later, earlier)` gives the summary of two neighbours; of a part and zeros, the part's own. It takes as many
+    rounds as the number of devices has bits (Hillis & Steele 1986, "Data Parallel Algorithms").
     """
-    count = jax.lax.axis_size(AXIS)
-
-    def passed(tree: Any, places: int) -> Any:
-        """Hands on without closing the ring: who has nobody before it gets zeros."""
-        pairs = [(device, device + places) for device in range(count - places)]
-        pairs = [(to, source) for source, to in pairs] if backwards else pairs
-        return jax.lax.ppermute(tree, AXIS, pairs)
-
     places = 1
-    while places < count - 1:  # the last device's own is nobody's past
-        summary = compose(summary, passed(summary, places))
+    while places < jax.lax.axis_size(AXIS) - 1:  # what the last device has is nobody's past
+        summary = compose(summary, handed_on(summary, places, backwards))
         places *= 2
-    return passed(summary, 1)
+    return handed_on(summary, 1, backwards)
