@@ -302,7 +302,10 @@ def mesh_problems(config: Config, num_devices: int) -> list[str]:
         devices = f"{num_devices} device{'s' * (num_devices != 1)}"
         return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
     sizes = mesh_axes(config, num_devices)
-    return _batch_problems(config, math.prod(sizes[axis] for axis in DATA_AXES))
+    problems = _batch_problems(config, math.prod(sizes[axis] for axis in DATA_AXES))
+    if sizes["context"] > 1:
+        problems += importlib.import_module("transformer.config.context").context_problems(config, sizes)
+    return problems
 
 
 def _batch_problems(config: Config, shards: int) -> list[str]:

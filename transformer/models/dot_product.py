@@ -93,9 +93,7 @@ def product(spec: str, left: Array, right: Array) -> Float[Array, "..."]:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def attend(
-    name: str, query: Array, key: Array, value: Array, mask: Mask, split: str = "ring", **options: Any
-) -> Array:
+def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, split: str = "ring", **options: Any) -> Array:
     """Computes attention by the implementation `name` of `config.implementations`, or by the one that `auto` chooses.
 
     Where devices hold parts of the lengths, they exchange them as `split` says. Raises ConfigError where an

@@ -89,7 +89,9 @@ def ring_attention(
     return output
 
 
-def plan(mask: Mask, num_devices: int, soft_cap: float = 0.0, layout: Layout = Layout((), ()), bias: Any = None) -> Ring:
+def plan(
+    mask: Mask, num_devices: int, soft_cap: float = 0.0, layout: Layout = Layout((), ()), bias: Any = None
+) -> Ring:
     """Returns the ring whose busiest devices compute least, step by step: all wait for each other at the end of each."""
     deals = [1, 2] if mask.aligned and mask.num_queries % (2 * num_devices) == 0 else [1]
     rings = [_ring(mask, num_devices, runs, soft_cap, layout, bias) for runs in deals]

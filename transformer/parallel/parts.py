@@ -52,7 +52,9 @@ class Layout:
 def layout_of(x: Float[Array, "B T N ..."]) -> Layout:
     """Returns the layout of activations with heads; what does not divide is whole on each device."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    return Layout(*(_axes(partition_spec((name,), (x.shape[dim],), sizes)[0]) for dim, name in ((0, "batch"), (2, "heads"))))
+    return Layout(
+        *(_axes(partition_spec((name,), (x.shape[dim],), sizes)[0]) for dim, name in ((0, "batch"), (2, "heads")))
+    )
 
 
 def _axes(entry: Any) -> Axes:
