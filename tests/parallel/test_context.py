@@ -40,12 +40,13 @@ def tokens_of(rows: int, length: int, seed: int = 0, prefix: bool = False) -> To
     segments = np.cumsum(starts, axis=1, dtype=np.int32)
     positions = np.arange(length) - np.maximum.accumulate(np.where(starts, np.arange(length), 0), axis=1)
     segments[0, -length // 4 :] = 0
-    return Tokens(positions.astype(np.int32), segments, positions < 3 if prefix else None)
+    known = jnp.asarray(positions < 3) if prefix else None
+    return Tokens(jnp.asarray(positions, jnp.int32), jnp.asarray(segments), known)
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
-    actual, expected = jax.device_get((actual, expected))
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        one, other = jax.device_get((one, other))
         distance, norm = np.linalg.norm(one - other), np.linalg.norm(other)
         assert norm > 0 and distance <= 1e-5 * norm, (jax.tree_util.keystr(path), distance / norm)
 
@@ -111,11 +112,11 @@ CASES = {
 
 def value_and_gradients(function: Callable[..., Any], *arrays: Any, ahead: Any) -> Any:
     @jax.jit
-    def both(*arrays: Any) -> Any:
+    def both(ahead: Any, *arrays: Any) -> Any:
         output, back = jax.vjp(function, *arrays)
         return output, back(ahead)
 
-    return both(*arrays)
+    return both(ahead, *arrays)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=mark) for name, (case, mark) in CASES.items()])
@@ -326,7 +327,8 @@ def made_up(config: Config) -> dict[str, np.ndarray]:
         segments[1, 3 : 3 + length // 2] = 0
         segments[2, rng.random(length) < 0.5] = 0
         inputs = rng.integers(4, config.model.vocab_size, (rows, length), dtype=np.int32)
-        return {f"{prefix}inputs": inputs, f"{prefix}positions": tokens.positions, f"{prefix}segment_ids": segments}
+        batch = {"inputs": inputs, "positions": np.asarray(tokens.positions), "segment_ids": segments}
+        return {f"{prefix}{name}": values for name, values in batch.items()}
 
     length = config.data.sequence_length
     batch = text(length)

@@ -35,12 +35,15 @@ def attend(
         raise ConfigError(f"model.context_attention = 'all_to_all': {query.shape[2]} heads do not divide by {axes}")
     key, value = (whole.repeated(x) for x in (key, value))
 
-    def part(query: Array, key: Array, value: Array, mask: Mask, bias: Bias | None) -> Array:
+    tables, structure = jax.tree.flatten(bias)
+
+    def part(query: Array, key: Array, value: Array, mask: Mask, tables: list[Array]) -> Array:
         query, key, value = (jax.lax.all_to_all(x, AXIS, 2, 1, tiled=True) for x in (query, key, value))
         mask = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True), mask)
+        bias = jax.tree.unflatten(structure, tables)
         output = attend_whole(name, query, key, value, mask, bias=bias, **options)
         return jax.lax.all_to_all(output, AXIS, 1, 2, tiled=True)
 
-    biases: Any = jax.tree.map(whole.per_head, bias)
-    specs = (split.activations, split.activations, split.activations, split.tokens, biases)
-    return on_parts(part, specs, split.activations)(query, key, value, mask, bias)
+    arrays = split.activations
+    specs = (arrays, arrays, arrays, split.tokens, [whole.per_head(table) for table in tables])
+    return on_parts(part, specs, arrays)(query, key, value, mask, tables)

@@ -43,7 +43,6 @@ IMPLEMENTATIONS = ("auto", "blockwise")
 class Ring(Blocks):
     """What is known before any data."""
 
-    layout: Layout
     lengths: tuple[int, int]
     """Queries and keys of a device."""
     num_runs: int
@@ -84,17 +83,15 @@ def ring_attention(
     layout = layout_of(query)
     key, value = (layout.repeated(x) for x in (key, value))
     tables, structure = jax.tree.flatten(bias)
-    ring = plan(mask, num_parts(), soft_cap, layout, structure)
-    output: Array = _attend(ring, query, key, value, *map(jax.tree.leaves, (mask.query, mask.key)), tables)
+    ring = plan(mask, num_parts(), soft_cap, structure)
+    output: Array = _attend(ring, layout, query, key, value, *map(jax.tree.leaves, (mask.query, mask.key)), tables)
     return output
 
 
-def plan(
-    mask: Mask, num_devices: int, soft_cap: float = 0.0, layout: Layout = Layout((), ()), bias: Any = None
-) -> Ring:
+def plan(mask: Mask, num_devices: int, soft_cap: float = 0.0, bias: Any = None) -> Ring:
     """Returns the ring whose busiest devices compute least, step by step: all wait for each other at the end of each."""
     deals = [1, 2] if mask.aligned and mask.num_queries % (2 * num_devices) == 0 else [1]
-    rings = [_ring(mask, num_devices, runs, soft_cap, layout, bias) for runs in deals]
+    rings = [_ring(mask, num_devices, runs, soft_cap, bias) for runs in deals]
     return min(rings, key=lambda ring: np.sum(np.max(ring.num_pairs, axis=0)) * ring.rows * ring.columns)
 
 
@@ -104,7 +101,7 @@ def runs_of(num_devices: int, num_runs: int) -> Int[np.ndarray, "E R"]:
     return device if num_runs == 1 else np.concatenate([device, 2 * num_devices - 1 - device], axis=1)
 
 
-def _ring(mask: Mask, num_devices: int, num_runs: int, soft_cap: float, layout: Layout, bias: Any) -> Ring:
+def _ring(mask: Mask, num_devices: int, num_runs: int, soft_cap: float, bias: Any) -> Ring:
     runs, lengths = runs_of(num_devices, num_runs), (mask.num_queries // num_devices, mask.num_keys // num_devices)
     of_queries, of_keys = (length // num_runs for length in lengths)
     rows, columns = block_size(of_queries, mask.sparsity), block_size(of_keys, mask.sparsity)
@@ -124,7 +121,7 @@ def _ring(mask: Mask, num_devices: int, num_runs: int, soft_cap: float, layout: 
     first, count = _busy_arc(np.any(spans[..., 0] < spans[..., 1], axis=(0, 2)).tolist())
     spans = spans[:, (first + np.arange(count)) % num_devices]
     structure, skips = jax.tree.structure(mask), is_scattered(mask.sparsity)
-    return Ring(rows, columns, soft_cap, skips, structure, bias, layout, lengths, num_runs, first, spans)
+    return Ring(rows, columns, soft_cap, skips, structure, bias, lengths, num_runs, first, spans)
 
 
 def _busy_arc(busy: list[bool]) -> tuple[int, int]:
@@ -147,28 +144,31 @@ Arguments = tuple[Array, Array, Array, list[Array], list[Array], list[Array]]
 """Queries, keys and values, the arrays of their places, and those of the bias."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(ring: Ring, *arguments: Any) -> Array:
-    return _forward(ring, *arguments)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(ring: Ring, layout: Layout, *arguments: Any) -> Array:
+    return _forward(ring, layout, *arguments)[0]
 
 
-def _specs(ring: Ring, tables: list[Array]) -> tuple[PartitionSpec, Any]:
+def _specs(layout: Layout, tables: list[Array]) -> tuple[PartitionSpec, Any]:
     """Returns the layouts of activations, and of the arguments of `_attend`."""
-    layout = ring.layout
-    heads, rows = layout.activations, layout.tokens
-    return heads, (heads, heads, heads, rows, rows, [layout.per_head(table) for table in tables])
+    heads, tokens = layout.activations, layout.tokens
+    return heads, (heads, heads, heads, tokens, tokens, [layout.per_head(table) for table in tables])
 
 
-def _forward(ring: Ring, *arguments: Any) -> tuple[Array, Any]:
-    heads, specs = _specs(ring, arguments[-1])
+def _forward(ring: Ring, layout: Layout, *arguments: Any) -> tuple[Array, Any]:
+    heads, specs = _specs(layout, arguments[-1])
     output, logsumexp = on_parts(functools.partial(_forward_part, ring), (specs,), (heads, heads))(arguments)
     return output, (arguments, output, logsumexp)
 
 
-def _backward(ring: Ring, residuals: Any, ahead: Array) -> tuple[Any, ...]:
-    arguments, *_ = residuals
-    heads, specs = _specs(ring, arguments[-1])
-    run = on_parts(functools.partial(_backward_part, ring), (specs, heads, heads, heads), (*specs[:3], specs[-1]))
+def _backward(ring: Ring, layout: Layout, residuals: Any, ahead: Array) -> tuple[Any, ...]:
+    heads, specs = _specs(layout, residuals[0][-1])
+
+    def part(*arrays: Any) -> Any:
+        *gradients, to_tables = _backward_part(ring, *arrays)
+        return *gradients, jax.lax.psum(to_tables, (*layout.batch, AXIS))
+
+    run = on_parts(part, (specs, heads, heads, heads), (*specs[:3], specs[-1]))
     to_query, to_key, to_value, to_tables = run(*residuals, ahead)
     return to_query, to_key, to_value, None, None, to_tables
 
@@ -242,7 +242,6 @@ def _backward_part(
     to_query = _ungrouped(ring, to_query.astype(query.dtype))
     home = shift(to_keys, -ring.first - ring.spans.shape[1])
     to_key, to_value = (_undealt(ring, x.swapaxes(2, 3).astype(keys.key.dtype), ring.lengths[1]) for x in home)
-    to_tables = jax.lax.psum(to_tables, (*ring.layout.batch, AXIS))
     return to_query, to_key, to_value, [total.astype(x.dtype) for total, x in zip(to_tables, tables, strict=True)]
 
 
