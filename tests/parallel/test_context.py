@@ -165,15 +165,15 @@ def test_a_ring_of_long_texts() -> None:
         assert_equal(run(functools.partial(attend, "auto")), expected)
 
 
-def abstract_mask(length: int, causal: bool = True, sparsity: Pattern | None = None) -> Mask:
-    tokens = Tokens(*2 * (jnp.zeros((1, length), jnp.int32),))
+def whole_text(length: int, causal: bool = True, sparsity: Pattern | None = None) -> Mask:
+    tokens = Tokens(jnp.arange(length)[None], jnp.ones((1, length), jnp.int32))
     return Mask(tokens, tokens, causal, True, sparsity)
 
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8, 16])
 def test_causal_work_is_even(num_devices: int) -> None:
     """The kernel's own list: blocks are all of one size, so that their numbers are to each other as FLOPs are."""
-    ring = plan(abstract_mask(32768), num_devices)
+    ring = plan(whole_text(32768), num_devices)
     assert ring.num_runs == 2
     work = ring.num_pairs
     assert work.shape == (num_devices, num_devices)
@@ -195,8 +195,7 @@ def test_causal_work_is_even(num_devices: int) -> None:
     ],
 )
 def test_every_visible_pair_is_met_once(causal: bool, sparsity: Any, steps: int, small_blocks: None) -> None:
-    mask = abstract_mask(128, causal, sparsity)
-    mask = Mask(*2 * (Tokens(jnp.arange(128)[None], jnp.ones((1, 128), jnp.int32)),), causal, True, sparsity)
+    mask = whole_text(128, causal, sparsity)
     ring = plan(mask, 8)
     assert ring.spans.shape[1] == steps, "no step without work"
     runs, run = runs_of(8, ring.num_runs), 16 // ring.num_runs

@@ -54,8 +54,8 @@ def _linear_part(backwards: bool, decay: Array, update: Array) -> Float[Array, "
     def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
         return later[0] * earlier[0], later[0] * earlier[1] + later[1]
 
-    end = linear_recurrence(backwards, decay, update)[last]
-    _, state = before((jnp.prod(decay, axis=0), end), compose, backwards)
+    alone: Array = linear_recurrence(backwards, decay, update)
+    _, state = before((jnp.prod(decay, axis=0), alone[last]), compose, backwards)
     return linear_recurrence(backwards, decay, update.at[first].add(decay[first] * state))
 
 

@@ -162,11 +162,13 @@ def _forward(ring: Ring, layout: Layout, *arguments: Any) -> tuple[Array, Any]:
 
 
 def _backward(ring: Ring, layout: Layout, residuals: Any, ahead: Array) -> tuple[Any, ...]:
-    heads, specs = _specs(layout, residuals[0][-1])
+    tables = residuals[0][-1]
+    heads, specs = _specs(layout, tables)
 
     def part(*arrays: Any) -> Any:
         *gradients, to_tables = _backward_part(ring, *arrays)
-        return *gradients, jax.lax.psum(to_tables, (*layout.batch, AXIS))
+        to_tables = jax.lax.psum(to_tables, (*layout.batch, AXIS))
+        return *gradients, [total.astype(table.dtype) for total, table in zip(to_tables, tables, strict=True)]
 
     run = on_parts(part, (specs, heads, heads, heads), (*specs[:3], specs[-1]))
     to_query, to_key, to_value, to_tables = run(*residuals, ahead)
@@ -205,7 +207,7 @@ def _forward_part(ring: Ring, arguments: Arguments) -> tuple[Array, Array]:
 def _backward_part(
     ring: Ring, arguments: Arguments, output: Array, logsumexp: Array, ahead: Array
 ) -> tuple[Array, Array, Array, list[Array]]:
-    """Returns the gradients of queries, keys, values and the bias's arrays."""
+    """Returns the gradients of queries, keys, values and, in float32 and of this device alone, of the bias's arrays."""
     *_, tables = arguments
     query, query_places, keys = _hold(ring, arguments)
     kv_heads = query.shape[2]
@@ -239,10 +241,12 @@ def _backward_part(
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (query, (keys.key, keys.value), tables))
     (_, sums), _ = jax.lax.scan(step, (shift(keys, ring.first), zero), _own_spans(ring))
     to_query, to_keys, to_tables = sums
-    to_query = _ungrouped(ring, to_query.astype(query.dtype))
     home = shift(to_keys, -ring.first - ring.spans.shape[1])
-    to_key, to_value = (_undealt(ring, x.swapaxes(2, 3).astype(keys.key.dtype), ring.lengths[1]) for x in home)
-    return to_query, to_key, to_value, [total.astype(x.dtype) for total, x in zip(to_tables, tables, strict=True)]
+    to_key, to_value = (
+        _undealt(ring, total.astype(x.dtype).swapaxes(2, 3), ring.lengths[1])
+        for total, x in zip(home, (keys.key, keys.value), strict=True)
+    )
+    return _ungrouped(ring, to_query.astype(query.dtype)), to_key, to_value, to_tables
 
 
 _attend.defvjp(_forward, _backward)
@@ -264,9 +268,9 @@ def _item(arrays: Any, index: Array) -> Any:
 def _hold(ring: Ring, arguments: Arguments) -> tuple[Array, list[Array], Keys]:
     """Returns a device's queries, the arrays of their places, and its keys, dealt and in blocks."""
     query, key, value, query_places, key_places, _ = arguments
-    places = [_dealt(ring, x, ring.columns) for x in key_places]
-    keys = Keys(*(_dealt(ring, x, ring.columns).swapaxes(2, 3) for x in (key, value)), places)
-    return _grouped(ring, query, key.shape[2]), [_dealt(ring, x, ring.rows) for x in query_places], keys
+    keys, values = (_dealt(ring, x, ring.columns).swapaxes(2, 3) for x in (key, value))
+    travelling = Keys(keys, values, [_dealt(ring, x, ring.columns) for x in key_places])
+    return _grouped(ring, query, key.shape[2]), [_dealt(ring, x, ring.rows) for x in query_places], travelling
 
 
 def _grouped(ring: Ring, x: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "I B K G C H"]:
@@ -296,23 +300,22 @@ def _undealt(ring: Ring, x: Array, length: int) -> Array:
     return _deal_back(ring, x.reshape(len(x), length, *x.shape[3:]))
 
 
-def _deal(ring: Ring, tree: Any) -> Any:
-    """Returns a device's runs of arrays [B, T, ...] for its part of them. Even runs and odd ones travel apart: every device
+def _deal(ring: Ring, x: Array) -> Array:
+    """Returns a device's runs of an array [B, T, ...] for its part of it. Even runs and odd ones travel apart: every device
     gives and gets one of each."""
     if ring.num_runs == 1:
-        return tree
-    even, odd = (jax.lax.ppermute(half, AXIS, way) for half, way in zip(_halves(tree), _ways(), strict=True))
-    return _joined(*_crossed(even, odd))
+        return x
+    even, odd = (jax.lax.ppermute(half, AXIS, way) for half, way in zip(jnp.split(x, 2, axis=1), _ways(), strict=True))
+    return jnp.concatenate(_crossed(even, odd), axis=1)
 
 
-def _deal_back(ring: Ring, tree: Any) -> Any:
-    """Returns a device's part of arrays for its runs of them."""
+def _deal_back(ring: Ring, x: Array) -> Array:
+    """Returns a device's part of an array for its runs of it."""
     if ring.num_runs == 1:
-        return tree
+        return x
     back = [[(holder, device) for device, holder in way] for way in _ways()]
-    return _joined(
-        *(jax.lax.ppermute(half, AXIS, way) for half, way in zip(_crossed(*_halves(tree)), back, strict=True))
-    )
+    halves = zip(_crossed(*jnp.split(x, 2, axis=1)), back, strict=True)
+    return jnp.concatenate([jax.lax.ppermute(half, AXIS, way) for half, way in halves], axis=1)
 
 
 def _ways() -> list[list[tuple[int, int]]]:
@@ -322,16 +325,7 @@ def _ways() -> list[list[tuple[int, int]]]:
     return [[(device, holders[2 * device + half]) for device in range(count)] for half in (0, 1)]
 
 
-def _crossed(one: Any, other: Any) -> tuple[Any, Any]:
+def _crossed(one: Array, other: Array) -> tuple[Array, Array]:
     """Returns both on even devices, and the other first on odd ones: the first run there is an odd one."""
     is_even = jax.lax.axis_index(AXIS) % 2 == 0
-    choose = functools.partial(jnp.where, is_even)
-    return jax.tree.map(choose, one, other), jax.tree.map(choose, other, one)
-
-
-def _halves(tree: Any) -> list[Any]:
-    return [jax.tree.map(lambda x, half=half: jnp.split(x, 2, axis=1)[half], tree) for half in (0, 1)]
-
-
-def _joined(one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=1), one, other)
+    return jnp.where(is_even, one, other), jnp.where(is_even, other, one)
