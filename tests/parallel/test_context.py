@@ -248,16 +248,15 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_heads": 4,
             "num_kv_heads": 2,
             "positions": "rotary",
-            "layers": "attention+attention.window",
-            "window": 9,
             "scan_layers": True,
             "remat": "full",
         },
         "objective": {"logit_chunk": 8},
     },
-    "hybrid": {"model": {"layers": "mamba2/none+attention+gated_delta_net/none+performer/none", "num_layers": 4}},
-    "states": {
-        "model": {"layers": "linear_attention/none+retention/none+gated_linear_attention/none", "num_layers": 3}
+    "hybrid": {"model": {"layers": "mamba2/none+attention+gated_delta_net/none", "num_layers": 3}},
+    **{
+        mixer: {"model": {"layers": f"{mixer}/none", "num_layers": 1}}
+        for mixer in ("linear_attention", "retention", "gated_linear_attention", "performer")
     },
     "mingru": {"model": {"layers": "mingru/none", "num_layers": 1, "positions": "none"}},
     "latent": {"model": {"layers": "latent_attention", "latent_width": 8, "rotary_head_width": 4, "num_layers": 1}},
@@ -269,7 +268,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_layers": 1,
         },
         "objective": {"name": "span_corruption"},
-        "data": {"source_length": 48},
+        "data": {"source_length": 80},
     },
     "recurrent encoder": {
         "model": {
@@ -280,7 +279,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_layers": 1,
         },
         "objective": {"name": "span_corruption"},
-        "data": {"source_length": 48},
+        "data": {"source_length": 80},
     },
     "swapped": {"model": {"context_attention": "all_to_all", "num_layers": 1}},
 }
@@ -310,8 +309,8 @@ def gradient(tiny_config) -> Callable[..., Any]:
 
 
 def configured(tiny_config: Any, name: str, parallel: dict[str, int]) -> Config:
-    changes = {"data": {"sequence_length": 32}, "train": {"batch_size": 4}, "parallel": {"fsdp": 1} | parallel}
-    small = {"num_positions": 48, "chunk_length": 4, "positions": "none"}
+    changes = {"data": {"sequence_length": 48}, "train": {"batch_size": 4}, "parallel": {"fsdp": 1} | parallel}
+    small = {"num_positions": 80, "chunk_length": 4, "positions": "none"}
     changes |= {part: changes.get(part, {}) | values for part, values in MODELS[name].items()}
     return tiny_config(**changes | {"model": small | MODELS[name]["model"]})
 
@@ -350,8 +349,10 @@ ALL_AXES = {"fsdp": 2, "context": 2, "tensor": 2}
         pytest.param("decoder", {"context": 4, "tensor": 2}, marks=SLOW, id="decoder, tensor"),
         pytest.param("hybrid", {"context": 4}, id="hybrid, alone"),
         pytest.param("hybrid", ALL_AXES, marks=SLOW, id="hybrid"),
-        pytest.param("states", {"context": 8}, marks=SLOW, id="states, alone"),
-        pytest.param("states", ALL_AXES, marks=SLOW, id="states"),
+        pytest.param("linear_attention", {"context": 8}, marks=SLOW, id="linear attention"),
+        pytest.param("retention", ALL_AXES, marks=SLOW, id="retention"),
+        pytest.param("gated_linear_attention", {"fsdp": 2, "context": 4}, marks=SLOW, id="gated linear attention"),
+        pytest.param("performer", {"context": 4, "tensor": 2}, marks=SLOW, id="performer"),
         pytest.param("mingru", {"fsdp": 2, "context": 4}, marks=SLOW, id="mingru"),
         pytest.param("latent", ALL_AXES, marks=SLOW, id="latent"),
         pytest.param("encoder and decoder", ALL_AXES, id="encoder and decoder"),
@@ -365,12 +366,13 @@ def test_a_split_model_computes_what_one_device_does(name: str, parallel: dict[s
     (expected, loss_alone), _ = gradient(name)
     np.testing.assert_allclose(loss, loss_alone, rtol=1e-5)
     assert_equal(gradients, expected)
-    assert not whole_lengths(program.as_text(), (32, 48)), "a device gathers whole texts"
+    assert not whole_lengths(program.as_text(), (48, 80)), "whole texts travel"
 
 
 def whole_lengths(hlo: str, lengths: tuple[int, ...]) -> list[str]:
-    """Returns the shapes that are gathered with the length of a whole text, and with a width besides."""
-    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", hlo)
+    """Returns the shapes that travel with the length of a whole text, and with a width besides."""
+    collective = r"= (\(?\w+\[.*?) (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+    shapes = [shape for types in re.findall(collective, hlo) for shape in re.findall(r"\[([\d,]+)\]", types)]
     dims = [[int(dim) for dim in shape.split(",")] for shape in shapes]
     return [str(shape) for shape in dims if len(shape) > 2 and set(shape) & set(lengths)]
 
@@ -384,13 +386,17 @@ def test_a_cache_on_a_mesh_that_splits_texts(tiny_config) -> None:
     params = init_parameters(model, jax.random.key(0, impl="unsafe_rbg"))
     tokens = np.random.default_rng(0).integers(4, 200, (2, 9), dtype=np.int32)
 
+    def run(params: Any, batch: Any, cache: Any) -> Any:
+        outputs = apply(model, params, batch, cache=cache)
+        return outputs.cache, outputs.hidden
+
     def generated() -> Any:
         cache, states = empty_cache(model, 2, 12), []
         for start, stop in ((0, 8), (8, 9)):  # a prompt that divides, and a token that does not
             places = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (2, stop - start))
             batch = {"inputs": tokens[:, start:stop], "positions": places, "segment_ids": np.ones_like(places)}
-            outputs = jax.jit(functools.partial(apply, model))(params, batch, cache=cache)
-            cache, states = outputs.cache, [*states, outputs.hidden]
+            cache, hidden = jax.jit(run)(params, batch, cache)
+            states.append(hidden)
         return jax.device_get(states)
 
     expected = generated()
