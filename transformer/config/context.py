@@ -1,4 +1,4 @@
-"""What cannot be computed of texts that are split over devices (`parallel.context`); loaded where they are."""
+"""What cannot be computed of texts that are split over devices (`parallel.context`)."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,7 +9,9 @@ IN_TURN = ("lstm", "gru")
 
 
 def context_problems(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Yields a sentence for each thing that stands against a mesh with these sizes, whose context axis is larger than 1."""
+    """Yields a sentence for each thing that stands against splitting texts over a mesh with these sizes."""
+    if sizes["context"] == 1:
+        return
     model, parts = config.model, f"parallel.context = {sizes['context']}"
     lengths = {"sequence_length": config.data.sequence_length}
     if model.architecture == "encoder_decoder":

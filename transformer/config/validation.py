@@ -302,10 +302,8 @@ def mesh_problems(config: Config, num_devices: int) -> list[str]:
         devices = f"{num_devices} device{'s' * (num_devices != 1)}"
         return [f"{wanted} {'does not divide' if free else f'= {fixed} does not match'} the {devices} at hand"]
     sizes = mesh_axes(config, num_devices)
-    problems = _batch_problems(config, math.prod(sizes[axis] for axis in DATA_AXES))
-    if sizes["context"] > 1:
-        problems += importlib.import_module("transformer.config.context").context_problems(config, sizes)
-    return problems
+    context = importlib.import_module("transformer.config.context").context_problems(config, sizes)
+    return [*context, *_batch_problems(config, math.prod(sizes[axis] for axis in DATA_AXES))]
 
 
 def _batch_problems(config: Config, shards: int) -> list[str]:

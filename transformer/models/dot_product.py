@@ -15,7 +15,7 @@ from transformer.config import ConfigError
 from transformer.config.implementations import IMPLEMENTATIONS, Asked
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
-from transformer.parallel.sharding import num_parts
+from transformer.parallel.parts import num_parts
 
 LOWEST = float(np.finfo(np.float32).min)
 """Logit of a key that is not seen."""

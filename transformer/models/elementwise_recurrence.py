@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.models.recurrence import Steps
-from transformer.parallel.parts import before, on_parts
-from transformer.parallel.sharding import num_parts, partition_spec
+from transformer.parallel.parts import before, num_parts, on_parts
+from transformer.parallel.sharding import partition_spec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,7 +16,7 @@ from transformer.config import ModelConfig
 from transformer.models.decay import LogDecay, cumulative, masked, within_spans
 from transformer.models.spans import Spans, chunk_masks, in_chunks, out_of_chunks
 from transformer.models.state_passing import run_over_parts
-from transformer.parallel.sharding import num_parts
+from transformer.parallel.parts import num_parts
 
 DIRECT = 8
 """Up to so many tokens, pairs with a decay for each dimension are computed one by one."""

@@ -18,8 +18,7 @@ from transformer.models.mixers import Context
 from transformer.models.spans import Spans, own_part
 from transformer.models.state_cache import remember, resume, state_specs
 from transformer.parallel.parts import before as before_part
-from transformer.parallel.parts import layout_of, on_parts
-from transformer.parallel.sharding import num_parts
+from transformer.parallel.parts import layout_of, num_parts, on_parts
 
 EPSILON = 1e-6
 """Least feature of a key, relative to the largest one before it: no query finds nothing."""

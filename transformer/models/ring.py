@@ -32,8 +32,7 @@ from transformer.models.blockwise import (
 )
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
-from transformer.parallel.parts import AXIS, Layout, layout_of, on_parts, shift
-from transformer.parallel.sharding import num_parts
+from transformer.parallel.parts import AXIS, Layout, layout_of, num_parts, on_parts, shift
 
 IMPLEMENTATIONS = ("auto", "blockwise")
 """What `model.attention_implementation` may be here."""

@@ -15,9 +15,9 @@ from transformer.models.cache import CacheSpec
 from transformer.models.layers import Linear
 from transformer.models.parameters import parameter, zeros
 from transformer.models.spans import Spans, own_part
-from transformer.parallel.parts import AXIS, on_parts
+from transformer.parallel.parts import AXIS, num_parts, on_parts
 from transformer.parallel.parts import before as before_part
-from transformer.parallel.sharding import num_parts, partition_spec
+from transformer.parallel.sharding import partition_spec
 
 Places = tuple[Int[Array, "B S W"], Int[Array, "B S W"], Int[Array, "B U"]]
 """Columns of the tokens of one span that stand 0, 1, ... tokens before each and after each, and of the row's last tokens,

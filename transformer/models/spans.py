@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from transformer.models.mixers import Context
-from transformer.parallel.parts import AXIS, before, handed_on, on_parts
-from transformer.parallel.sharding import num_parts, partition_spec
+from transformer.parallel.parts import AXIS, before, handed_on, num_parts, on_parts
+from transformer.parallel.sharding import partition_spec
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from transformer.parallel.sharding import num_parts
+from transformer.parallel.parts import num_parts
 
 Sums = Callable[..., dict[str, Float[Array, ""]]]
 """From arrays [B, T, ...] to sums over all that they hold."""

@@ -17,6 +17,14 @@ from transformer.parallel.sharding import RULES, partition_spec
 Axes = tuple[str, ...]
 
 
+def num_parts(*lengths: int) -> int:
+    """Returns over how many devices of the current mesh texts of these lengths are split: 1 where one does not divide, and
+    inside a `shard_map`, where a device sees to its own part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if AXIS in mesh.manual_axes else mesh.shape.get(AXIS, 1)
+    return 1 if any(length % parts for length in lengths) else parts
+
+
 @dataclass(frozen=True)
 class Layout:
     """The mesh axes that split rows and heads of some activations; the lengths are split over `AXIS`."""

@@ -106,14 +106,6 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh.shape))
 
 
-def num_parts(*lengths: int) -> int:
-    """Returns over how many devices of the current mesh texts of these lengths are split: 1 where one does not divide, and
-    inside a `shard_map`, where a device sees to its own part."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if "context" in mesh.manual_axes else mesh.shape.get("context", 1)
-    return 1 if any(length % parts for length in lengths) else parts
-
-
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["context"]))
