@@ -114,6 +114,8 @@ class ModelConfig:
         "auto", "reference", "causal_blocks", "blockwise", "splash", "cudnn", "tokamax"
     ] = "auto"
     """`auto`: by platform, mask and length; `transformer implementations` tells what each of the others can compute."""
+    context_attention: Literal["ring", "all_to_all"] = "ring"
+    """How texts split over `parallel.context` meet: keys go round a ring, or devices swap lengths for heads and back."""
 
     # Mixers with a state of constant size.
     recurrence_form: Literal["chunkwise", "parallel", "recurrent"] = "chunkwise"

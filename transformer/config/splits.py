@@ -7,6 +7,7 @@ device then holds all of it, computes the same, and `transformer describe` says 
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from transformer.config.context import context_problems
 from transformer.config.model import LayerKind
 from transformer.config.schema import DATA_AXES, MESH_AXES, Config, mesh_axes, source_length
 
@@ -89,7 +90,7 @@ def _expert(config: Config, split: str, sizes: Sizes) -> Iterator[str]:
 
 
 def _context(config: Config, split: str, sizes: Sizes) -> Iterator[str]:
-    yield from _lengths(config, sizes["context"], "parallel.context")
+    yield from context_problems(config, sizes)
 
 
 def _lengths(config: Config, parts: int, split: str) -> Iterator[str]:

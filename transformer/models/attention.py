@@ -63,7 +63,12 @@ class Heads(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns what the queries gather from the values, heads joined and projected."""
         config = self.config
-        options = {"bias": bias, "scale": attention_scale(config), "soft_cap": config.attention_soft_cap}
+        options = {
+            "bias": bias,
+            "scale": attention_scale(config),
+            "soft_cap": config.attention_soft_cap,
+            "split": config.context_attention,
+        }
         output = attend(config.attention_implementation, query, key, value, mask, **options)
         return self.output(output.reshape(*query.shape[:2], -1))
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from transformer.models.dot_product import LOWEST, bend, product
-from transformer.models.masks import Mask
+from transformer.models.masks import Mask, Sparsity
 from transformer.models.mixers import Bias
 
 BLOCK = 256
@@ -31,15 +31,13 @@ State = tuple[Float[Array, "*A"], Float[Array, "*A"], Float[Array, "*A U"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known before any data."""
+class Blocks:
+    """What is known of blocks and their logits before any data."""
 
     rows: int
     """Queries in a block."""
     columns: int
     """Keys in a block."""
-    spans: tuple[tuple[int, int], ...]
-    """For each block of queries its first block of keys, and the one after its last."""
     soft_cap: float
     skips: bool
     """Whether to look at each pair's mask, and leave out what nobody sees."""
@@ -47,6 +45,14 @@ class Plan:
     """The mask without its arrays, which have no gradients."""
     bias: Any
     """The bias without its arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Blocks):
+    """Which blocks meet, too."""
+
+    spans: tuple[tuple[int, int], ...]
+    """For each block of queries its first block of keys, and the one after its last."""
 
     @property
     def pairs(self) -> Int[np.ndarray, "P 2"]:
@@ -56,26 +62,32 @@ class Plan:
 
 def _plan(mask: Mask, bias: Bias | None, soft_cap: float) -> tuple[Plan, list[Array], list[Array]]:
     """Returns the plan, and the arrays of the mask, filled up to whole blocks, and of the bias."""
-    reach = None if mask.sparsity is None else mask.sparsity.reach
-    is_scattered = mask.sparsity is not None and reach is None
-    most = BLOCK if mask.sparsity is None else max(SMALLEST, min(BLOCK, BLOCK // 2 if reach is None else reach + 1))
-    rows, columns = _block_size(mask.num_queries, most), _block_size(mask.num_keys, most)
+    rows, columns = (block_size(length, mask.sparsity) for length in (mask.num_queries, mask.num_keys))
     spans = []
     for start in range(0, mask.num_queries, rows):
         first, stop = mask.columns(start, min(start + rows, mask.num_queries))
         spans.append((first // columns, math.ceil(min(stop, mask.num_keys) / columns)))
     # Where rows are split over devices, all would have to agree on each pair.
-    is_alone = jax.sharding.get_abstract_mesh().size <= 1
+    mesh = jax.sharding.get_abstract_mesh()
+    is_alone = mesh.size <= 1 or mesh.are_all_axes_manual
     query = jax.tree.map(partial(_pad, size=rows), mask.query)
     key = jax.tree.map(partial(_pad, size=columns), mask.key)
     places, mask_structure = jax.tree.flatten(dataclasses.replace(mask, query=query, key=key))
     tables, bias_structure = jax.tree.flatten(bias)
-    skips = is_alone and is_scattered
-    return Plan(rows, columns, tuple(spans), soft_cap, skips, mask_structure, bias_structure), places, tables
+    skips = is_alone and is_scattered(mask.sparsity)
+    return Plan(rows, columns, soft_cap, skips, mask_structure, bias_structure, tuple(spans)), places, tables
 
 
-def _block_size(length: int, most: int) -> int:
-    # As even as can be, so that little is padding.
+def is_scattered(sparsity: Sparsity | None) -> bool:
+    """Returns whether a pattern leaves out blocks that columns alone do not tell."""
+    return sparsity is not None and sparsity.reach is None
+
+
+def block_size(length: int, sparsity: Sparsity | None) -> int:
+    """Returns the tokens of a block, for blocks as even as can be, so that little is padding."""
+    most = BLOCK
+    if sparsity is not None:
+        most = max(SMALLEST, min(BLOCK, BLOCK // 2 if sparsity.reach is None else sparsity.reach + 1))
     size = math.ceil(length / math.ceil(length / most))
     return size if size == length else 8 * math.ceil(size / 8)
 
@@ -119,33 +131,15 @@ def _attend(plan: Plan, query: Array, key: Array, value: Array, places: list[Arr
 def _forward(
     plan: Plan, query: Array, key: Array, value: Array, places: list[Array], tables: list[Array]
 ) -> tuple[Array, Any]:
-    def meet(state: State, i: Array, j: Array, seen: Mask, visible: Array) -> State:
-        largest, total, output = state
-        logits = _bend(product("bkgth,bksh->bkgts", query[i], key[j]), tables, seen, plan)
-        logits = jnp.where(visible[:, None, None], logits, LOWEST)
-        larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
-        weights = jnp.exp(logits - larger[..., None])
-        kept = jnp.exp(largest - larger)
-        total = kept * total + jnp.sum(weights, axis=-1)
-        gathered = product("bkgts,bksu->bkgtu", weights.astype(value.dtype), value[j])
-        return larger, total, kept[..., None] * output + gathered
-
     def step(states: State, pair: Array) -> tuple[State, None]:
         i, j = pair
-        seen = _seen(plan, places, pair)
-        visible = seen.visible()
         state: State = jax.tree.map(lambda x: x[i], states)
-        state = _unless_blind(plan, visible, lambda state: meet(state, i, j, seen, visible), state)
-        return _put(states, state, i), None
+        state = with_block(plan, state, query[i], key[j], value[j], _seen(plan, places, pair), tables)
+        return put(states, state, i), None
 
-    shape = query.shape[:-1]
-    # The largest so far begins at half of what is not seen, so that the exponential of that is always 0.
-    states = (jnp.full(shape, LOWEST / 2), jnp.zeros(shape), jnp.zeros((*shape, value.shape[-1])))
-    (largest, total, output), _ = jax.lax.scan(step, states, jnp.asarray(plan.pairs))
-    is_blind = total == 0
-    total = jnp.where(is_blind, 1, total)
-    output = (output / total[..., None]).astype(value.dtype)
-    logsumexp = jnp.where(is_blind, 0, largest + jnp.log(total))
+    states = nothing_seen(query.shape[:-1], value.shape[-1])
+    states, _ = jax.lax.scan(step, states, jnp.asarray(plan.pairs))
+    output, logsumexp = normalized(states, value.dtype)
     return output, (query, key, value, places, tables, output, logsumexp)
 
 
@@ -153,26 +147,13 @@ def _backward(plan: Plan, residuals: Any, ahead: Array) -> tuple[Any, ...]:
     query, key, value, places, tables, output, logsumexp = residuals
     dot = jnp.sum(ahead.astype(jnp.float32) * output, axis=-1)
 
-    def meet(i: Array, j: Array, seen: Mask, visible: Array) -> tuple[Any, ...]:
-        """Returns what a pair adds to the gradients of queries, keys, values and bias."""
-        raw = product("bkgth,bksh->bkgts", query[i], key[j])
-        logits, bent = jax.vjp(lambda raw, tables: _bend(raw, tables, seen, plan), raw, tables)
-        weights = jnp.exp(jnp.where(visible[:, None, None], logits, LOWEST) - logsumexp[i][..., None])
-        to_weights = product("bkgtu,bksu->bkgts", ahead[i], value[j])
-        to_raw, to_tables = bent(weights * (to_weights - dot[i][..., None]))
-        to_raw, weights = to_raw.astype(query.dtype), weights.astype(value.dtype)
-        to_query = product("bkgts,bksh->bkgth", to_raw, key[j])
-        to_key = product("bkgts,bkgth->bksh", to_raw, query[i])
-        return to_query, to_key, product("bkgts,bkgtu->bksu", weights, ahead[i]), to_tables
-
     def step(sums: Any, pair: Array) -> tuple[Any, None]:
         i, j = pair
-        seen = _seen(plan, places, pair)
-        visible = seen.visible()
         to_query, to_key, to_value, to_tables = sums
         here = (to_query[i], to_key[j], to_value[j], to_tables)
-        here = _unless_blind(plan, visible, lambda here: jax.tree.map(jnp.add, here, meet(i, j, seen, visible)), here)
-        return (_put(to_query, here[0], i), *_put((to_key, to_value), here[1:3], j), here[3]), None
+        rows = Rows(query[i], ahead[i], dot[i], logsumexp[i])
+        here = with_gradients(plan, here, rows, key[j], value[j], _seen(plan, places, pair), tables)
+        return (put(to_query, here[0], i), *put((to_key, to_value), here[1:3], j), here[3]), None
 
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (query, key, value, tables))
     sums, _ = jax.lax.scan(step, sums, jnp.asarray(plan.pairs))
@@ -185,8 +166,74 @@ def _backward(plan: Plan, residuals: Any, ahead: Array) -> tuple[Any, ...]:
 _attend.defvjp(_forward, _backward)
 
 
-def _bend(raw: Array, tables: list[Array], seen: Mask, plan: Plan) -> Array:
-    return bend(raw, seen, jax.tree.unflatten(plan.bias, tables), plan.soft_cap)
+def nothing_seen(shape: tuple[int, ...], value_width: int) -> State:
+    """Returns the state of queries before any key."""
+    # The largest so far begins at half of what is not seen, so that the exponential of that is always 0.
+    return jnp.full(shape, LOWEST / 2), jnp.zeros(shape), jnp.zeros((*shape, value_width))
+
+
+def with_block(
+    blocks: Blocks, state: State, query: Array, key: Array, value: Array, seen: Mask, tables: list[Array]
+) -> State:
+    """Returns the state of a block of queries when they have met a block of keys, under the mask of that pair."""
+    visible = seen.visible()
+
+    def meet(state: State) -> State:
+        largest, total, output = state
+        logits = _bend(product("bkgth,bksh->bkgts", query, key), tables, seen, blocks)
+        logits = jnp.where(visible[:, None, None], logits, LOWEST)
+        larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        weights = jnp.exp(logits - larger[..., None])
+        kept = jnp.exp(largest - larger)
+        total = kept * total + jnp.sum(weights, axis=-1)
+        gathered = product("bkgts,bksu->bkgtu", weights.astype(value.dtype), value)
+        return larger, total, kept[..., None] * output + gathered
+
+    return _unless_blind(blocks, visible, meet, state)
+
+
+def normalized(state: State, dtype: Any) -> tuple[Array, Array]:
+    """Returns the outputs of queries that have met all keys, zero for those that saw none, and the logarithms of their sums."""
+    largest, total, output = state
+    is_blind = total == 0
+    total = jnp.where(is_blind, 1, total)
+    return (output / total[..., None]).astype(dtype), jnp.where(is_blind, 0, largest + jnp.log(total))
+
+
+class Rows(NamedTuple):
+    """What the gradient needs of a block of queries."""
+
+    query: Array
+    ahead: Array
+    """The gradient of their outputs."""
+    dot: Array
+    """Its products with the outputs."""
+    logsumexp: Array
+
+
+def with_gradients(
+    blocks: Blocks, sums: Any, rows: Rows, key: Array, value: Array, seen: Mask, tables: list[Array]
+) -> tuple[Any, ...]:
+    """Returns the gradients of queries, keys, values and the bias's arrays with what a pair of blocks adds to each."""
+    visible = seen.visible()
+
+    def meet(sums: Any) -> Any:
+        raw = product("bkgth,bksh->bkgts", rows.query, key)
+        logits, bent = jax.vjp(lambda raw, tables: _bend(raw, tables, seen, blocks), raw, tables)
+        weights = jnp.exp(jnp.where(visible[:, None, None], logits, LOWEST) - rows.logsumexp[..., None])
+        to_weights = product("bkgtu,bksu->bkgts", rows.ahead, value)
+        to_raw, to_tables = bent(weights * (to_weights - rows.dot[..., None]))
+        to_raw, weights = to_raw.astype(rows.query.dtype), weights.astype(value.dtype)
+        to_query = product("bkgts,bksh->bkgth", to_raw, key)
+        to_key = product("bkgts,bkgth->bksh", to_raw, rows.query)
+        to_value = product("bkgts,bkgtu->bksu", weights, rows.ahead)
+        return jax.tree.map(jnp.add, sums, (to_query, to_key, to_value, to_tables))
+
+    return _unless_blind(blocks, visible, meet, sums)
+
+
+def _bend(raw: Array, tables: list[Array], seen: Mask, blocks: Blocks) -> Array:
+    return bend(raw, seen, jax.tree.unflatten(blocks.bias, tables), blocks.soft_cap)
 
 
 def _seen(plan: Plan, places: list[Array], pair: Array) -> Mask:
@@ -194,9 +241,10 @@ def _seen(plan: Plan, places: list[Array], pair: Array) -> Mask:
     return mask.queries(pair[0] * plan.rows, plan.rows).keys(pair[1] * plan.columns, plan.columns)
 
 
-def _unless_blind(plan: Plan, visible: Array, change: Callable[[Any], Any], state: Any) -> Any:
-    return jax.lax.cond(jnp.any(visible), change, lambda same: same, state) if plan.skips else change(state)
+def _unless_blind(blocks: Blocks, visible: Array, change: Callable[[Any], Any], state: Any) -> Any:
+    return jax.lax.cond(jnp.any(visible), change, lambda same: same, state) if blocks.skips else change(state)
 
 
-def _put(arrays: Any, items: Any, index: Array) -> Any:
+def put(arrays: Any, items: Any, index: Array) -> Any:
+    """Returns the arrays with their items of one index replaced."""
     return jax.tree.map(lambda x, item: jax.lax.dynamic_update_index_in_dim(x, item, index, 0), arrays, items)

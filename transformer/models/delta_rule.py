@@ -94,4 +94,4 @@ def mix(
     state: Float[Array, "B N H P"] | None,
 ) -> Result:
     """Runs the recurrence in the form that `config` asks for."""
-    return in_form(config, recurrent, chunkwise, query, key, value, log_decay, beta, spans, state)
+    return in_form(config, recurrent, chunkwise, query, key, value, log_decay, beta, spans, state, mixes_rows=True)

@@ -15,6 +15,7 @@ from transformer.config import ConfigError
 from transformer.config.implementations import IMPLEMENTATIONS, Asked
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
+from transformer.parallel.parts import num_parts
 
 LOWEST = float(np.finfo(np.float32).min)
 """Logit of a key that is not seen."""
@@ -92,11 +93,15 @@ def product(spec: str, left: Array, right: Array) -> Float[Array, "..."]:
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, **options: Any) -> Array:
+def attend(name: str, query: Array, key: Array, value: Array, mask: Mask, split: str = "ring", **options: Any) -> Array:
     """Computes attention by the implementation `name` of `config.implementations`, or by the one that `auto` chooses.
 
-    Raises ConfigError where an implementation that was named cannot compute exactly what is asked.
+    Where devices hold parts of the lengths, they exchange them as `split` says. Raises ConfigError where an
+    implementation that was named cannot compute exactly what is asked.
     """
+    if num_parts(query.shape[1], key.shape[1]) > 1:
+        method = importlib.import_module(f"transformer.models.{split}")
+        return method.attend(name, query, key, value, mask, **options)
     asked = what_is_asked(query, value, mask, **options)
     if name == "auto":
         name = _choose(asked, mask)

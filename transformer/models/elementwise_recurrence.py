@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from transformer.models.recurrence import Steps
+from transformer.parallel.parts import before, num_parts, on_parts
+from transformer.parallel.sharding import partition_spec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -19,6 +21,9 @@ def linear_recurrence(
     Where decays lie between 0 and 1 nothing can overflow, and no logarithms are needed: a product of many of them ends
     at 0, which is what is left of a state so long ago. The gradient is the same recurrence in the other order.
     """
+    if num_parts(len(decay)) > 1:
+        spec = partition_spec(("length", "batch", "state"), decay.shape, jax.sharding.get_abstract_mesh().shape)
+        return on_parts(partial(_linear_part, backwards), (spec, spec), spec)(decay, update)
     all_at_once, in_turn = (partial(form, backwards) for form in (linear_all_at_once, linear_in_turn))
     return jax.lax.platform_dependent(decay, update, cpu=in_turn, default=all_at_once)
 
@@ -40,6 +45,18 @@ def linear_in_turn(backwards: bool, decay: Array, update: Array) -> Float[Array,
         return hidden, hidden
 
     return jax.lax.scan(body, jnp.zeros_like(update[0]), (decay, update), reverse=backwards)[1]
+
+
+def _linear_part(backwards: bool, decay: Array, update: Array) -> Float[Array, "T B W"]:
+    """Computes a device's part of `linear_recurrence`, from the state that the devices before it end with."""
+    first, last = (-1, 0) if backwards else (0, -1)
+
+    def compose(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
+        return later[0] * earlier[0], later[0] * earlier[1] + later[1]
+
+    alone: Array = linear_recurrence(backwards, decay, update)
+    _, state = before((jnp.prod(decay, axis=0), alone[last]), compose, backwards)
+    return linear_recurrence(backwards, decay, update.at[first].add(decay[first] * state))
 
 
 def _forward(backwards: bool, decay: Array, update: Array) -> Any:

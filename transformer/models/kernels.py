@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from transformer.config import ConfigError
 from transformer.models.masks import Mask
 from transformer.models.mixers import Bias
-from transformer.parallel.sharding import partition_spec
+from transformer.parallel.parts import layout_of, on_parts
 
 LANES = 128
 """Splash attention takes lengths that are multiples of this."""
@@ -135,14 +136,10 @@ def _with_mask(function: Callable[..., Array], query: Array, key: Array, value: 
 def _on_each_device(compute: Callable[..., Array], query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Runs a kernel on each device's rows and heads: the compiler cannot split it."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
         return compute(query, key, value, mask)
-    rows = partition_spec(("batch", "length"), query.shape[:2], mesh.shape)
-    heads = partition_spec(("batch", "length", "heads", "head_width"), query.shape, mesh.shape)
-    kv_heads = partition_spec(("batch", "length", "kv_heads", "head_width"), key.shape, mesh.shape)
-    if kv_heads != heads:
-        # Fewer than there are devices to split the query heads: each device needs its own.
-        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    # The kernels do not say how their outputs vary over the mesh.
-    mapped = jax.shard_map(compute, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return mapped(query, key, value, mask)
+    layout = layout_of(query)
+    rows, heads = PartitionSpec(layout.batch), PartitionSpec(layout.batch, None, layout.heads)  # of whole texts
+    # Each device needs keys and values of its own.
+    key, value = (layout.repeated(x) for x in (key, value))
+    return on_parts(compute, (heads, heads, heads, rows), heads)(query, key, value, mask)

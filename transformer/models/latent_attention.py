@@ -73,6 +73,7 @@ class LatentAttention(nnx.Module):
             bias=context.bias,
             scale=attention_scale(whole),
             soft_cap=config.attention_soft_cap,
+            split=config.context_attention,
         )
         if is_absorbed:
             output = jnp.einsum("btnc,cnh->btnh", output, self._by_head(self.value, x.dtype))

@@ -5,6 +5,7 @@ gradients; states are float32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from jaxtyping import Array, Float
 from transformer.config import ModelConfig
 from transformer.models.decay import LogDecay, cumulative, masked, within_spans
 from transformer.models.spans import Spans, chunk_masks, in_chunks, out_of_chunks
+from transformer.models.state_passing import run_over_parts
+from transformer.parallel.parts import num_parts
 
 DIRECT = 8
 """Up to so many tokens, pairs with a decay for each dimension are computed one by one."""
@@ -143,10 +146,16 @@ def mix(
     return in_form(config, recurrent, chunkwise, query, key, value, log_decay, spans, state)
 
 
-def in_form(config: ModelConfig, recurrent: Form, chunkwise: Form, query: Array, *others: Any) -> Result:
+def in_form(
+    config: ModelConfig, recurrent: Form, chunkwise: Form, query: Array, *others: Any, mixes_rows: bool = False
+) -> Result:
     """Runs a recurrence token by token, by chunks, or, `parallel`, as one chunk, which computes every pair of tokens as
-    attention does. One token always takes one step."""
+    attention does. One token always takes one step. `mixes_rows` is for `state_passing`, where devices have parts."""
     length = query.shape[1]
+    *arrays, spans, state = others
+    if state is None and num_parts(length) > 1:
+        form = partial(in_form, config, recurrent, chunkwise)
+        return run_over_parts(form, query, *arrays, spans=spans, mixes_rows=mixes_rows)
     if length == 1 or config.recurrence_form == "recurrent":
         return recurrent(query, *others)
     return chunkwise(query, *others, length if config.recurrence_form == "parallel" else config.chunk_length)

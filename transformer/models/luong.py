@@ -40,7 +40,7 @@ class LuongAttention(nnx.Module):
         scale = (
             (config.width * config.width_ratio) ** -0.5 if config.attention_scale is None else config.attention_scale
         )
-        options = {"scale": scale, "soft_cap": config.attention_soft_cap}
+        options = {"scale": scale, "soft_cap": config.attention_soft_cap, "split": config.context_attention}
         found = attend(config.attention_implementation, query, key, value, mask, **options)
         return jnp.tanh(self.output(jnp.concatenate([found[:, :, 0], x], axis=-1))), cache
 

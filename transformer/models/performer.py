@@ -15,8 +15,10 @@ from transformer.models.cache import Cache, CacheSpec
 from transformer.models.linear_attention import LinearAttention, with_ones
 from transformer.models.linear_recurrence import mix
 from transformer.models.mixers import Context
-from transformer.models.spans import Spans
+from transformer.models.spans import Spans, own_part
 from transformer.models.state_cache import remember, resume, state_specs
+from transformer.parallel.parts import before as before_part
+from transformer.parallel.parts import layout_of, num_parts, on_parts
 
 EPSILON = 1e-6
 """Least feature of a key, relative to the largest one before it: no query finds nothing."""
@@ -80,9 +82,12 @@ def _relative(
     """Returns features of keys relative to the largest one up to each token, the log-decays that go with it, and its
     logarithm.
 
-    The state is kept relative to the largest feature that it has seen, and shrinks when a larger one comes: nothing
+    `before` is the largest one before these tokens; None: there are none. The state is kept relative to the largest feature that it has seen, and shrinks when a larger one comes: nothing
     overflows, no token knows of later ones, and one token at a time gives what all at once do.
     """
+    if before is None and num_parts(spans.number.shape[1]) > 1:
+        layout = layout_of(exponents)
+        return on_parts(_relative_part, (layout.activations, layout.tokens), layout.activations)(exponents, spans)
     is_token = spans.is_token[:, :, None]
     largest = jax.lax.stop_gradient(jnp.where(is_token, jnp.max(exponents, axis=-1), NOTHING))
     before = jnp.full_like(largest[:, 0], NOTHING) if before is None else before
@@ -95,3 +100,18 @@ def _relative(
     _, peaks = jax.lax.associative_scan(later, (jnp.broadcast_to(starts, largest.shape), largest), axis=1)
     features = jnp.exp(jnp.where(is_token[..., None], exponents - peaks[:, 1:, :, None], NOTHING)) + EPSILON
     return features, peaks[:, :-1] - peaks[:, 1:], peaks[:, 1:]
+
+
+def _relative_part(exponents: Array, spans: Spans) -> tuple[Array, Array, Array]:
+    """Returns the same of a device's part of texts: the largest ones before it come from the devices that have them."""
+    spans = own_part(spans)
+    peak = _relative(exponents, spans, None)[2][:, -1]
+    goes_on, is_known = spans.number[:, -1, None] == 0, jnp.ones_like(spans.is_token[:, :1])
+
+    def compose(later: Any, earlier: Any) -> Any:
+        (peak, goes_on, is_known), (earlier_peak, earlier_goes_on, earlier_is_known) = later, earlier
+        larger = jnp.where(goes_on & earlier_is_known, jnp.maximum(peak, earlier_peak), peak)
+        return larger, goes_on & earlier_goes_on, is_known
+
+    peak, _, is_known = before_part((peak, goes_on, is_known), compose)
+    return _relative(exponents, spans, jnp.where(is_known, peak, NOTHING))

@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from transformer.config import ModelConfig
 from transformer.models.cache import CacheSpec
 from transformer.models.layers import Linear
 from transformer.models.parameters import parameter, zeros
-from transformer.models.spans import Spans
+from transformer.models.spans import Spans, own_part
+from transformer.parallel.parts import AXIS, num_parts, on_parts
+from transformer.parallel.parts import before as before_part
+from transformer.parallel.sharding import partition_spec
 
 Places = tuple[Int[Array, "B S W"], Int[Array, "B S W"], Int[Array, "B U"]]
 """Columns of the tokens of one span that stand 0, 1, ... tokens before each and after each, and of the row's last tokens,
@@ -37,12 +41,25 @@ class ShortConvolution(nnx.Module):
         self, x: Float[Array, "B T E"], spans: Spans, places: Places, before: Float[Array, "B U E"] | None = None
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B U E"] | None]:
         """Returns the output and, given the U = width - 1 inputs before these, those before the next."""
+        if before is None and num_parts(x.shape[1]) > 1:
+            output = self._over_parts(x, spans, places)
+            return self._biased(output, spans), None
         source, target, last = places
         inputs = x if before is None else jnp.concatenate([before.astype(x.dtype), x], axis=1)
         output = _convolve(inputs, self.kernel[...].astype(x.dtype), source, target)[:, -x.shape[1] :]
-        if self.bias is not None:
-            output = jnp.where(spans.is_token[:, :, None], output + self.bias[...].astype(x.dtype), 0)
-        return output, None if before is None else _gather(inputs, last)
+        return self._biased(output, spans), None if before is None else _gather(inputs, last)
+
+    def _biased(self, output: Float[Array, "B T E"], spans: Spans) -> Float[Array, "B T E"]:
+        if self.bias is None:
+            return output
+        return jnp.where(spans.is_token[:, :, None], output + self.bias[...].astype(output.dtype), 0)
+
+    def _over_parts(self, x: Float[Array, "B T E"], spans: Spans, places: Places) -> Float[Array, "B T E"]:
+        """Returns the convolution where devices have parts of texts: each is handed the inputs before its own."""
+        spec = partition_spec(("batch", "length", self.axis), x.shape, jax.sharding.get_abstract_mesh().shape)
+        rows = PartitionSpec(*spec[:2])
+        run = on_parts(_convolve_part, (spec, PartitionSpec(None, spec[2]), rows, rows), spec)
+        return run(x, self.kernel[...].astype(x.dtype), spans, places)
 
     def cache_spec(self, batch_size: int) -> CacheSpec:
         """Returns the inputs that the next token needs."""
@@ -72,7 +89,12 @@ def convolve(
 ) -> tuple[list[Array], dict[str, Any]]:
     """Returns queries, keys and values, and what a cache keeps of each, under the names of `tail_specs`."""
     width = modules[0].convolution.config.convolution_width
-    places = neighbours(spans, width, width - 1 if held else 0)
+    if not held and num_parts(x.shape[1]) > 1:
+        (rows,) = partition_spec(("batch",), x.shape[:1], jax.sharding.get_abstract_mesh().shape)
+        tokens = PartitionSpec(rows, AXIS)
+        places = on_parts(lambda spans: neighbours(own_part(spans), width, width - 1), tokens, tokens)(spans)
+    else:
+        places = neighbours(spans, width, width - 1 if held else 0)
     outputs = [module(x, spans, places, held.get(f"{name}_tail")) for name, module in zip(PARTS, modules, strict=True)]
     return [y for y, _ in outputs], {f"{name}_tail": tail for name, (_, tail) in zip(PARTS, outputs, strict=True)}
 
@@ -106,6 +128,25 @@ def _gather(x: Float[Array, "B S E"], places: Int[Array, "B *I"]) -> Float[Array
     flat = places.reshape(len(x), -1, 1)
     taken = jnp.where(flat < 0, 0, jnp.take_along_axis(x, jnp.maximum(flat, 0), axis=1))
     return taken.reshape(*places.shape, x.shape[-1])
+
+
+def _convolve_part(x: Array, kernel: Array, spans: Spans, places: Places) -> Array:
+    """Convolves a device's part, the inputs of the last tokens before it being those of the devices that have them."""
+    (source, target, last), held = places, len(kernel) - 1
+    number = own_part(spans).number
+    count = jnp.minimum(held, jnp.sum(spans.is_token & (number == number[:, -1:]), axis=1, keepdims=True))
+
+    def compose(later: Any, earlier: Any) -> Any:
+        """Joins the last inputs of two parts; of fewer than there is room for, the first are zero."""
+        (tail, count, goes_on), (earlier_tail, earlier_count, earlier_goes_on) = later, earlier
+        column = jnp.arange(held) + count
+        joined = tail + _gather(earlier_tail, jnp.where(goes_on & (column < held), column, -1))
+        return joined, jnp.minimum(held, count + goes_on * earlier_count), goes_on & earlier_goes_on
+
+    nothing = jnp.zeros((len(x), held, x.shape[2]), x.dtype)
+    tail = _gather(jnp.concatenate([nothing, x], axis=1), last)
+    tail, _, _ = before_part((tail, count, number[:, -1:] == 0), compose)
+    return _convolve(jnp.concatenate([tail, x], axis=1), kernel, source, target)[:, held:]
 
 
 @jax.custom_vjp

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from transformer.models.mixers import Context
+from transformer.parallel.parts import AXIS, before, handed_on, num_parts, on_parts
+from transformer.parallel.sharding import partition_spec
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ def spans_of(segment_ids: Int[Array, "B T"], previous: Int[Array, "B"] | None = 
 
     Segments of one row must not interleave; padding (segment 0) may stand anywhere.
     """
+    if previous is None and num_parts(segment_ids.shape[1]) > 1:
+        return _over_parts(segment_ids)
     previous = jnp.zeros_like(segment_ids[:, 0]) if previous is None else previous
     known = jnp.concatenate([previous[:, None], segment_ids], axis=1)
     places = jnp.arange(known.shape[1])
@@ -42,6 +47,27 @@ def spans_of(segment_ids: Int[Array, "B T"], previous: Int[Array, "B"] | None = 
     is_token = segment_ids != 0
     starts = is_token & (segment_ids != latest[:, :-1])
     return Spans(is_token, jnp.cumsum(starts, axis=1, dtype=jnp.int32))
+
+
+def _over_parts(segment_ids: Int[Array, "B T"]) -> Spans:
+    """Returns the spans of texts that are split over devices, each of which looks at its own part."""
+
+    def part(segment_ids: Array) -> Spans:
+        columns = jnp.arange(segment_ids.shape[1])
+        last = jnp.argmax(jnp.where(segment_ids != 0, columns, -1), axis=1)
+        latest = jnp.take_along_axis(segment_ids, last[:, None], axis=1)  # 0: there is none but padding
+        previous = before(latest, lambda later, earlier: jnp.where(later != 0, later, earlier))
+        spans = spans_of(segment_ids, previous[:, 0])
+        return Spans(spans.is_token, spans.number + before(spans.number[:, -1:], jnp.add))
+
+    (rows,) = partition_spec(("batch",), segment_ids.shape[:1], jax.sharding.get_abstract_mesh().shape)
+    spec = PartitionSpec(rows, AXIS)
+    return on_parts(part, spec, spec)(segment_ids)
+
+
+def own_part(spans: Spans) -> Spans:
+    """Returns the spans of a device's part, the first of which may continue what is in the state that it is handed."""
+    return Spans(spans.is_token, spans.number - handed_on(spans.number[:, -1:]))
 
 
 def spans_in(context: Context) -> Spans:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from transformer.parallel.parts import num_parts
+
 Sums = Callable[..., dict[str, Float[Array, ""]]]
 """From arrays [B, T, ...] to sums over all that they hold."""
 
@@ -20,12 +22,16 @@ def in_chunks(sums: Sums, size: int) -> Sums:
         batch, length = arrays[0].shape[:2]
         if length <= size:
             return sums(*arrays)
-        count = -(-length // size)
+        # Of texts that are split over devices a chunk has tokens of every part, so that none waits for another.
+        parts = num_parts(length)
+        own, length = -(-size // parts), length // parts
+        count = -(-length // own)
 
         def split(array: Array) -> Array:
-            padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * (array.ndim - 2)
-            chunks = jnp.pad(array, padding).reshape(batch, count, size, *array.shape[2:])
-            return chunks.swapaxes(0, 1)
+            array = array.reshape(batch, parts, length, *array.shape[2:])
+            padding = [(0, 0), (0, 0), (0, count * own - length)] + [(0, 0)] * (array.ndim - 3)
+            chunks = jnp.pad(array, padding).reshape(batch, parts, count, own, *array.shape[3:])
+            return jnp.moveaxis(chunks, 2, 0).reshape(count, batch, parts * own, *array.shape[3:])
 
         def add(before: dict[str, Array], chunk: tuple[Array, ...]) -> tuple[dict[str, Array], None]:
             return jax.tree.map(jnp.add, before, sums(*chunk)), None

@@ -114,8 +114,8 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of a batch's arrays, [B, T]: rows over the data-parallel axes."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    """Returns the layout of a batch's arrays, [B, T]: rows over the data-parallel axes, their length over `context`."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["length"]))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -128,7 +128,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, in order."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1))
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["context"]))
     rows: set[int] = set()
     for index in indices.values():
         assert index is not None
@@ -145,7 +145,7 @@ def global_array(mesh: Mesh, rows: Sequence[int], batch_size: int, local: Mappin
         def piece(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(batch_size)
-            return values[first[start] : first[stop - 1] + 1]
+            return values[first[start] : first[stop - 1] + 1, *index[1:]]
 
         return jax.make_array_from_callback((batch_size, *values.shape[1:]), layout, piece)
 
