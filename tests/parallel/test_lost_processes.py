@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from running import assert_losses_equal, free_port
 
+from transformer.checkpointing.run import locked
 from transformer.config import Config, replace
 from transformer.parallel import HUNG, LOST
 from transformer.parallel.agreement import differences, facts_of
@@ -51,6 +52,10 @@ def start(start_training: Callable[..., Process]) -> Run:
         return started
 
     return start
+
+
+QUIET = {"every_steps": 0, "sample_tokens": 0, "num_batches": 1}
+"""Validation costs compilations, and says nothing here."""
 
 
 def ends(processes: Sequence[Process]) -> list[str]:
@@ -91,7 +96,7 @@ def test_two_processes_are_killed_and_hang_and_one_finishes(
 ) -> None:
     config = make_run(
         train={"num_steps": 100_000},
-        evaluation={"every_steps": 0, "sample_tokens": 0},
+        evaluation=QUIET,
         parallel={"heartbeat_seconds": HEARTBEAT},
     )
     workdir = tmp_path / "run"
@@ -150,13 +155,24 @@ loop.prepare_apart = signalled
 
 
 def test_a_signal_before_the_first_step_ends_all_alike(make_run: Make, start: Run, tmp_path: Path) -> None:
-    processes = start(make_run(), tmp_path / "run", 2, before=("", PREPARING_IS_SIGNALLED))
+    processes = start(make_run(evaluation=QUIET), tmp_path / "run", 2, before=("", PREPARING_IS_SIGNALLED))
     outputs = ends(processes)
     assert statuses(processes) == [143, 143], outputs
     assert "process 1 of 2" in outputs[0] and "stopped by a signal before the first step" in outputs[0], outputs[0]
     assert "Traceback" not in "".join(outputs)
 
 
+def test_a_directory_in_use_ends_both(make_run: Make, start: Run, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    with locked(workdir):
+        processes = start(make_run(evaluation=QUIET), workdir, 2)
+        outputs = ends(processes)
+    assert statuses(processes) == [2, 2], outputs
+    assert f"error: {workdir} is in use by another process that trains there" in outputs[0]
+    assert re.search(r"error: process 0 of 2 \(.*\) ended: .* is in use by another process", outputs[1]), outputs[1]
+
+
+@pytest.mark.slow
 def test_a_full_disk_of_one_ends_both(make_run: Make, start: Run, tmp_path: Path) -> None:
     full = """
 import errno, transformer.checkpointing.checkpoints as checkpoints, jax
@@ -167,7 +183,7 @@ def failing(self, *arguments):
     return save(self, *arguments)
 checkpoints.Checkpoints.save = failing
 """
-    processes = start(make_run(), tmp_path / "run", 2, before=(full, full))
+    processes = start(make_run(evaluation=QUIET), tmp_path / "run", 2, before=(full, full))
     outputs = ends(processes)
     assert statuses(processes) == [1, 1], outputs
     assert "error: [Errno 28] No space left on device: 'runs'" in outputs[0]
@@ -248,7 +264,7 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
         data={"sequence_length": 32},
         model={"width": 32, "num_layers": 2},
         train={"num_steps": 100_000, "batch_size": 24},
-        evaluation={"every_steps": 0, "sample_tokens": 0},
+        evaluation=QUIET,
         checkpoint={"every_steps": 5},
         parallel={"heartbeat_seconds": 20},
     )
@@ -294,7 +310,7 @@ def test_four_processes_with_one_that_stands_still_leave_the_stacks_of_three(
 ) -> None:
     config = make_run(
         train={"num_steps": 100_000},
-        evaluation={"every_steps": 0, "sample_tokens": 0},
+        evaluation=QUIET,
         parallel={"heartbeat_seconds": 600, "watchdog_seconds": 5},
     )
     workdir = tmp_path / "run"
