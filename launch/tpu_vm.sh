@@ -42,7 +42,11 @@ case $verb in
       nohup setsid launch/restart.sh .venv/bin/python train.py$arguments >> run.log 2>&1 < /dev/null &
       echo \$! > run.pid"
     ;;
-  status) everywhere 'hostname; tail --lines 5 transformer/run.log' ;;
-  stop) everywhere 'kill -TERM $(cat transformer/run.pid)' ;;
+  status)
+    everywhere 'hostname; tail --lines 5 transformer/run.log'
+    ;;
+  stop)
+    everywhere 'kill -TERM $(cat transformer/run.pid)'
+    ;;
   *) usage ;;
 esac
