@@ -112,18 +112,18 @@ def test_two_processes_are_killed_and_hang_and_one_finishes(
     assert re.search(rf"error: process 1 of 2 \(.*\) is lost: no sign of life for {HEARTBEAT} s", output), output
     assert "Traceback" not in output and not is_running(child)
 
-    # One stands still, and the other waits for it in a collective.
+    # One stands still, that which keeps the store of keys, and the other waits for it in a collective.
     hanging = replace(config, parallel={"watchdog_seconds": 4, "heartbeat_seconds": 600})
     processes = start(hanging, workdir, 2)
     wait_for_step(processes, workdir, random_step + 10)
-    os.kill(child_of(processes[1]), signal.SIGSTOP)
-    output = processes[0].communicate(timeout=200)[0]
-    assert processes[0].returncode == HUNG, output
+    os.kill(child_of(processes[0]), signal.SIGSTOP)
+    output = processes[1].communicate(timeout=200)[0]
+    assert processes[1].returncode == HUNG, output
     assert re.search(r"error: hung for 4 s .* after step \d+; the stacks of all threads", output), output
-    stacks = (workdir / "hung.0.txt").read_text()
+    stacks = (workdir / "hung.1.txt").read_text()
     assert re.search(r"after step \d+", stacks) and "in _settle" in stacks and "in run" in stacks
     assert "in _settle" in output
-    processes[1].kill()
+    processes[0].kill()
     ends(processes)
 
     # The one that does is killed.
@@ -162,6 +162,7 @@ def test_a_signal_before_the_first_step_ends_all_alike(make_run: Make, start: Ru
     assert "Traceback" not in "".join(outputs)
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_ends_both(make_run: Make, start: Run, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     with locked(workdir):
@@ -264,7 +265,7 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
         data={"sequence_length": 32},
         model={"width": 32, "num_layers": 2},
         train={"num_steps": 100_000, "batch_size": 24},
-        evaluation=QUIET,
+        evaluation=QUIET | {"batch_size": 24},
         checkpoint={"every_steps": 5},
         parallel={"heartbeat_seconds": 20},
     )
@@ -272,6 +273,7 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     generator = random.Random(1)
     step = 0
     for count, victim in ((4, 2), (4, 0), (3, 1), (2, 1)):
+        resumes = step > 0
         processes = start(config, workdir, count, devices=2)
         step += generator.randrange(8, 30)
         wait_for_step(processes, workdir, step)
@@ -280,9 +282,9 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
         outputs = ends(processes)
         print(f"{count} processes, {victim} killed at step {step}: ended after {time.monotonic() - begin:.1f} s")
         assert statuses(processes) == [-signal.SIGKILL if index == victim else LOST for index in range(count)], outputs
+        assert ("resuming after step" in outputs[0]) == resumes
         for index, output in enumerate(outputs):
             assert index == victim or f"error: process {victim} of {count} (" in output.splitlines()[-1], output
-            assert ("resuming after step" in output) == (index == 0 and step > 30) or count == 4
     num_steps = lines_of(workdir, read_lines)[-1]["step"] + 3
     finished = replace(config, train={"num_steps": num_steps})
     outputs = ends(processes := start(finished, workdir, 3, devices=2))
@@ -302,6 +304,19 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     outputs = ends(processes := start(uneven, tmp_path / "uneven", 3, devices=2))
     assert statuses(processes) == [2, 2, 2]
     assert all("train.batch_size / train.num_microbatches = 16 is not divisible by the 6" in text for text in outputs)
+
+
+@pytest.mark.slow
+def test_a_process_0_that_stands_still_is_lost(make_run: Make, start: Run, tmp_path: Path) -> None:
+    config = make_run(train={"num_steps": 100_000}, evaluation=QUIET, parallel={"heartbeat_seconds": HEARTBEAT})
+    processes = start(config, tmp_path / "run", 2)
+    wait_for_step(processes, tmp_path / "run", 3)
+    os.kill(child_of(processes[0]), signal.SIGSTOP)
+    output = processes[1].communicate(timeout=200)[0]
+    processes[0].kill()
+    ends(processes)
+    assert processes[1].returncode == LOST, output
+    assert re.search(r"error: process 0 of 2 \(127.0.0.1:\d+\) is lost: no answer for \d+ s", output), output
 
 
 @pytest.mark.slow

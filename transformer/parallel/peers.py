@@ -99,9 +99,8 @@ class Peers:
 
     def _tell(self, index: int, status: int, reason: str) -> None:
         # The first reason counts: what others give after it mostly follows from it.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            host = socket.gethostname()
-            self._set("end", json.dumps({"index": index, "status": status, "reason": reason, "host": host}))
+        news = {"index": index, "status": status, "reason": reason, "host": socket.gethostname()}
+        self._try(lambda: self._set("end", json.dumps(news)), _GRACE_SECONDS)
 
     def _live(self) -> None:
         number = 0
@@ -173,19 +172,28 @@ class Peers:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._set(f"left/{self.index}", "")
-            if self.index == 0 or self._status == HUNG:
-                self._wait_for_the_others()
+        self._try(self._wait_for_the_others, 3 * _GRACE_SECONDS)
         os._exit(self._status)
 
     def _wait_for_the_others(self) -> None:
         """Returns when all that live have read the news: they need process 0 for that, and their collectives for stacks."""
-        until = time.monotonic() + 3 * _GRACE_SECONDS
+        self._set(f"left/{self.index}", "")
         oldest = time.monotonic() - self._seconds
         expected = sum(since >= oldest for _, since in self._heard.values()) or self.count
-        while time.monotonic() < until and len(self._client.key_value_dir_get(f"{_ROOT}/left/")) < expected:
-            time.sleep(0.1)
+        if self.index == 0 or self._status == HUNG:
+            while len(self._client.key_value_dir_get(f"{_ROOT}/left/")) < expected:
+                time.sleep(0.1)
+
+    def _try(self, ask: Callable[[], None], seconds: float) -> None:
+        """Asks something of process 0, which may not live any more or never answer."""
+
+        def suppressed() -> None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                ask()
+
+        asking = threading.Thread(target=suppressed, daemon=True)
+        asking.start()
+        asking.join(seconds)
 
     def _stop_before_the_run(self, number: int, frame: FrameType | None) -> None:
         self.leave(128 + number, "stopped by a signal before the run began")
