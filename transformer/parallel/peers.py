@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import sys
@@ -49,8 +50,8 @@ def join(seconds: int) -> "Peers | None":
 
 
 class Peers:
-    """The other processes. Two threads: one says that this one lives, and in process 0 looks who does not; one waits for
-    the news that somebody ends.
+    """The other processes. Of its threads one says that this process lives, and in process 0 looks who does not; one waits
+    for the news that somebody ends; one asks what may never be answered.
     """
 
     def __init__(self, seconds: int):
@@ -65,10 +66,13 @@ class Peers:
         self._answered = time.monotonic()
         self._heard: dict[int, tuple[str, float]] = {}
         self._number = 0
+        self._asks: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
+        self._answers = True
         self._say_alive(0)
         # Runs before JAX's own, which waits for all processes and would wait in vain.
         atexit.register(self._end)
         signal.signal(signal.SIGTERM, self._stop_before_the_run)
+        threading.Thread(target=self._ask, name="peers: asking", daemon=True).start()
         threading.Thread(target=self._live, name="peers: alive", daemon=True).start()
         self._listener = threading.Thread(target=self._listen, name="peers: news", daemon=True)
         self._listener.start()
@@ -185,15 +189,19 @@ class Peers:
                 time.sleep(0.1)
 
     def _try(self, ask: Callable[[], None], seconds: float) -> None:
-        """Asks something of process 0, which may not live any more or never answer."""
+        """Asks something of process 0, which may not live any more or never answer; if it once has not, asks no more."""
+        answered = threading.Event()
+        self._asks.put((ask, answered))
+        if self._answers and not answered.wait(seconds):
+            self._answers = False
 
-        def suppressed() -> None:
+    def _ask(self) -> None:
+        """A thread of its own: one may not be started any more when a process ends."""
+        while True:
+            ask, answered = self._asks.get()
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 ask()
-
-        asking = threading.Thread(target=suppressed, daemon=True)
-        asking.start()
-        asking.join(seconds)
+            answered.set()
 
     def _stop_before_the_run(self, number: int, frame: FrameType | None) -> None:
         self.leave(128 + number, "stopped by a signal before the run began")
