@@ -1,8 +1,10 @@
 """Fixtures of the tests that train: a run that takes seconds, processes of train.py, and what is left of a run."""
 
+import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,27 @@ from transformer.config import Config, replace, to_json
 ROOT = Path(__file__).parent.parent
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
 TIMES = ("step_seconds", "tokens_per_second")
+
+
+def free_port() -> int:
+    """Returns one of the last 4096 ports: under Slurm JAX takes one of these, and the system gives them to nobody."""
+    for port in random.sample(range(2**16 - 4096, 2**16), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def assert_losses_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Within 4 n units in the last place at step n, as float32 has them."""
+    assert [(line["step"], line["split"]) for line in found] == [(line["step"], line["split"]) for line in expected]
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        unit = np.spacing(np.float32(other["loss"]))
+        worst = max(worst, abs(one["loss"] - other["loss"]) / unit / one["step"])
+        assert abs(one["loss"] - other["loss"]) <= 4 * one["step"] * unit, (one, other)
+        assert one["tokens"] == other["tokens"]
+    print(f"at most {worst:.2f} n ulp at step n")
 
 
 @pytest.fixture

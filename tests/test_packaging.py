@@ -1,6 +1,7 @@
 """What a newcomer meets: pins, make targets, and the commands of README and docs."""
 
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -170,6 +171,18 @@ def check(command: Command, directory: Path) -> None:
                 parse_verb(arguments)
         else:
             validate(parse_verb(arguments).config)
+    elif program in ("sbatch", "launch/restart.sh", "launch/tpu_vm.sh"):
+        # What follows the script, its verb or the program that it starts, goes to train.py.
+        script = next(word for word in command.words if word.startswith("launch/"))
+        assert os.access(ROOT / script, os.X_OK), f"{command}: no such script"
+        if "--workdir" in command.words:
+            start = command.words.index("--config")
+            validate(parse(TrainOptions, command.words[start:], "train.py").config)
+        if script == "launch/tpu_vm.sh":
+            assert f"  {arguments[0]})" in (ROOT / script).read_text(), f"{command}: no such verb"
+    elif program in ("docker", "kubectl"):
+        for file in [value for flag, value in itertools.pairwise(arguments) if flag in ("--file", "--filename")]:
+            assert (ROOT / file).is_file(), f"{command}: no such file"
     elif program in ("pytest", "pre-commit", "sacrebleu"):
         assert any(requirement.name == program for requirement in _requirements())
     else:
@@ -196,6 +209,10 @@ def test_documented_command_is_sound(command: Command, tmp_path: Path, monkeypat
         "python benchmarks/nothing.py",
         "python benchmarks/translation.py multi30k_gru --data x --workdir y --model.dropuot 0.2",
         "curl example",
+        "sbatch --nodes 4 launch/slurm.sh --config configs/llama_1b.py --workdir x --model.widht 3",
+        "sbatch launch/slrum.sh",
+        "launch/tpu_vm.sh begin name zone",
+        "kubectl apply --filename launch/nothing.yaml",
     ],
 )
 def test_an_unsound_command_is_found(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

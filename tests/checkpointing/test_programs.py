@@ -76,7 +76,7 @@ def test_what_the_program_depends_on_makes_another(change: str, start: Any, monk
         "length": {"data": {"sequence_length": 17}},
     }.get(change, {})
     if change == "code":
-        monkeypatch.setattr(programs, "_code", lambda: "other")
+        monkeypatch.setattr(programs, "code_hash", lambda: "other")
     elif change == "flags":
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     elif change == "processor":

@@ -1,9 +1,6 @@
 """Two processes of four simulated devices each, through train.py, against one process of eight."""
 
-import contextlib
-import random
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from running import assert_losses_equal, free_port
 
 from transformer.config import Config
 
@@ -30,15 +28,6 @@ def config(make_run: Make) -> Config:
         parallel={"tensor": 2, "fsdp": 2, "replica": 2},
         checkpoint={"keep_latest": 10},
     )
-
-
-def free_port() -> int:
-    """Returns one of the last 4096 ports: under Slurm JAX takes one of these, and the system gives them to nobody."""
-    for port in random.sample(range(2**16 - 4096, 2**16), 100):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 def by_flags(index: int, port: int) -> tuple[list[str], dict[str, str]]:
@@ -84,18 +73,6 @@ def run_two(config: Config, start_training: Start) -> Callable[..., list[str]]:
         return outputs
 
     return run
-
-
-def assert_losses_equal(found: Lines, expected: Lines) -> None:
-    """Within 4 n units in the last place at step n, as float32 has them."""
-    assert [(line["step"], line["split"]) for line in found] == [(line["step"], line["split"]) for line in expected]
-    worst = 0.0
-    for one, other in zip(found, expected, strict=True):
-        unit = np.spacing(np.float32(other["loss"]))
-        worst = max(worst, abs(one["loss"] - other["loss"]) / unit / one["step"])
-        assert abs(one["loss"] - other["loss"]) <= 4 * one["step"] * unit, (one, other)
-        assert one["tokens"] == other["tokens"]
-    print(f"at most {worst:.2f} n ulp at step n")
 
 
 SIGNALLED = """

@@ -18,8 +18,11 @@ ROOT = Path(__file__).parent.parent.parent
 FLAGS = replace(Config(), parallel={"coordinator": "a:1", "num_processes": 4, "process_id": 2})
 
 
-def arguments(address: str, count: int, index: int) -> dict[str, Any]:
-    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+KNOWN = {"cluster_detection_method": "deactivate"}
+
+
+def arguments(address: str, count: int, index: int, **more: Any) -> dict[str, Any]:
+    return {"coordinator_address": address, "num_processes": count, "process_id": index} | (more or KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,32 @@ def arguments(address: str, count: int, index: int) -> dict[str, Any]:
         ),
         pytest.param(Config(), {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}, {}, id="Slurm"),
         pytest.param(Config(), {"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "1"}, None, id="Slurm, one task"),
+        pytest.param(
+            Config(),
+            {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+            {"local_device_ids": []},
+            id="Slurm, one task a machine has all of its GPUs",
+        ),
+        pytest.param(
+            Config(),
+            {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+            | {"CUDA_VISIBLE_DEVICES": "3"},
+            {"local_device_ids": []},
+            id="Slurm, shown one GPU",
+        ),
+        pytest.param(
+            Config(),
+            {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+            | {"CUDA_VISIBLE_DEVICES": "0,1"},
+            {},
+            id="Slurm, a task a GPU",
+        ),
+        pytest.param(
+            FLAGS,
+            {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+            arguments("a:1", 4, 2, local_device_ids=[]),
+            id="flags in Slurm",
+        ),
         # In a batch script, outside srun, there is no step.
         pytest.param(Config(), {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None, id="Slurm, no step"),
         pytest.param(Config(), {"TPU_WORKER_HOSTNAMES": "t0,t1"}, {}, id="TPU slice"),
@@ -57,10 +86,33 @@ def arguments(address: str, count: int, index: int) -> dict[str, Any]:
             id="TPU slice with a coordinator of the user's",
         ),
         pytest.param(Config(), {"TPU_WORKER_HOSTNAMES": "localhost"}, None, id="one TPU host"),
+        pytest.param(Config(), {"TPU_PROCESS_ADDRESSES": "t0:8471,t1:8471"}, {}, id="TPU slice by addresses"),
+        pytest.param(
+            Config(),
+            {"TPU_WORKER_HOSTNAMES": "t0", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"},
+            {},
+            id="two TPU slices of one host",
+        ),
     ],
 )
 def test_processes_are_found(config: Config, environ: dict[str, str], expected: dict[str, Any] | None) -> None:
     assert find_processes(config, environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "environ", "expected"),
+    [
+        ({}, {}, None),
+        ({"worker-network-endpoints": "a:b:10.0.0.1"}, {}, None),
+        ({"worker-network-endpoints": "a:b:10.0.0.1,a:c:10.0.0.2"}, {}, {}),
+        ({"worker-network-endpoints": "a:b:10.0.0.1,a:c:10.0.0.2"}, {"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ({"worker-network-endpoints": "a:b:10.0.0.1", "tpu-env": "X: '1'\nMEGASCALE_NUM_SLICES: '2'"}, {}, {}),
+    ],
+)
+def test_a_tpu_vm_is_asked_for_the_others(
+    said: dict[str, str], environ: dict[str, str], expected: dict[str, Any] | None
+) -> None:
+    assert find_processes(Config(), environ, lambda name: said.get(name, "")) == expected
 
 
 @pytest.mark.parametrize(

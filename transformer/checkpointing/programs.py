@@ -5,7 +5,6 @@ and not in run directories, which people pass on, because to read such a file ca
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -21,8 +20,8 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from transformer.config import Config, to_json, write_atomically
+from transformer.parallel.agreement import code_hash
 
-PACKAGE = Path(__file__).parents[1]
 SECTIONS = ("model", "objective", "optimizer", "train", "parallel", "seed")
 """What of the configuration a step depends on, besides the shapes of its arguments."""
 SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -84,7 +83,7 @@ def _fingerprint(config: Config, mesh: Mesh, arguments: Sequence[Any]) -> str:
         (leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in jax.tree.leaves(arguments)
     ]
     facts += [(device.id, device.device_kind, device.process_index) for device in mesh.devices.flat]
-    facts += [sorted((found.name, found.version) for found in distributions()), _code(), _processor()]
+    facts += [sorted((found.name, found.version) for found in distributions()), code_hash(), _processor()]
     facts += [jax.process_count(), jax.process_index()]
     facts += [jax.devices()[0].client.platform_version, *(os.environ.get(name, "") for name in VARIABLES)]
     facts += [getattr(jax.config, name) for name in SETTINGS]
@@ -96,12 +95,3 @@ def _processor() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-
-
-@functools.cache
-def _code() -> str:
-    """Returns a hash of this package's source."""
-    found = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()

@@ -281,6 +281,10 @@ class ParallelConfig:
     """Number of processes; 0: found out from the environment."""
     process_id: int = -1
     """This process's number; -1: found out from the environment."""
+    heartbeat_seconds: int = 100
+    """A process that is not heard of for so long is lost, and the others end."""
+    watchdog_seconds: int = 1800
+    """Once the first step is done, a process in which nothing happens for so long writes its stacks and ends. 0: never."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _NOT_NEGATIVE = (
     "data.num_workers objective.z_loss optimizer.warmup_steps optimizer.warmup_tokens optimizer.weight_decay "
     "optimizer.clip_norm evaluation.every_steps evaluation.num_batches evaluation.sample_tokens "
     "checkpoint.every_steps checkpoint.keep_best checkpoint.keep_every_steps "
-    "parallel.cpu_devices parallel.num_processes profile.start_step profile.num_steps seed objective.future_weight "
+    "parallel.cpu_devices parallel.num_processes parallel.watchdog_seconds profile.start_step profile.num_steps seed objective.future_weight "
     "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
     "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps model.balance_bias_rate "
     "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate "

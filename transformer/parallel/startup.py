@@ -30,17 +30,15 @@ def start(config: Config) -> None:
         importlib.import_module("transformer.parallel.xla_flags").set_flags(accelerator, os.environ)
     else:
         _keep_freed_memory()
+    several = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    if config.parallel.coordinator or accelerator == "tpu" or any(name in os.environ for name in several):
+        importlib.import_module("transformer.parallel.processes").join(config, os.environ, accelerator)
 
     import jax
 
     if config.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    several = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
-    if config.parallel.coordinator or any(name in os.environ for name in several):
-        processes = importlib.import_module("transformer.parallel.processes").find_processes(config, os.environ)
-        if processes is not None:
-            jax.distributed.initialize(**processes)
 
 
 def _accelerator() -> str | None:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, for_platform, locked, open_run, resolve
+from transformer.checkpointing.run import CHECKPOINTS, CONFIG, for_platform, locked, open_run, resolve
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
@@ -26,7 +25,7 @@ from transformer.optimizers import is_averaged, make_optimizer, replace_average
 from transformer.parallel.sharding import global_array, local_rows, make_mesh, use_rules
 from transformer.training import DIVERGED
 from transformer.training.evaluation import Evaluator
-from transformer.training.preemption import Signals, Vote
+from transformer.training.preemption import Signals
 from transformer.training.report import Report
 from transformer.training.state import TrainState, abstract_state, create_state, state_shardings
 from transformer.training.step import compile_step, make_train_step
@@ -40,7 +39,9 @@ def run(config: Config, workdir: Path) -> int:
     anything is compiled.
     """
     validate(config)
-    with Signals() as signals, use_rules(config):
+    # Loaded by name: how a run ends that cannot go on is no part of how it goes.
+    guarded = importlib.import_module("transformer.training.guard").Guard(config, workdir)
+    with guarded as guard, Signals() as signals, use_rules(config):
         # The mesh and the data, and what of the configuration depends on them.
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
@@ -48,10 +49,10 @@ def run(config: Config, workdir: Path) -> int:
         config = resolve(config, prepared.tokenizer.vocab_size, prepared.num_labels)
         prepared = with_examples(prepared, objective_of(config), config)
 
+        guard.agree(fingerprint_of_the_data=prepared.fingerprint)
         with locked(workdir) if is_writer else contextlib.nullcontext():
             open_run(workdir, config, prepared, is_writer)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("the run directory is written")
+            guard.meet(workdir / CONFIG)
 
             # Model and optimizer, and where each array of their state lives.
             model = Transformer(for_platform(config.model, jax.default_backend()))
@@ -68,7 +69,7 @@ def run(config: Config, workdir: Path) -> int:
 
                 # Steps, and between them validations, samples and checkpoints.
                 with Report(config, workdir, latest or 0, is_writer) as report:
-                    loop = Loop(config, workdir, prepared, model, mesh, checkpoints, signals, report)
+                    loop = Loop(config, workdir, prepared, model, mesh, checkpoints, signals, report, guard)
                     return loop.train(state, make_train_step(config, model, optimizer, shardings), shardings)
 
 
@@ -100,11 +101,13 @@ class Loop:
         checkpoints: Checkpoints,
         signals: Signals,
         report: Report,
+        guard: Any,
     ):
         self.config, self.workdir, self.prepared, self.model, self.mesh = config, workdir, prepared, model, mesh
-        self.checkpoints, self.signals, self.report = checkpoints, signals, report
+        self.checkpoints, self.signals, self.report, self.guard = checkpoints, signals, report, guard
         self.evaluator = Evaluator(config, prepared, model, mesh)
-        self.vote = Vote(mesh, signals)
+        alone = jax.process_count() == 1
+        self.vote = signals if alone else importlib.import_module("transformer.training.voting").Vote(mesh, signals)
         self.num_traces = 0
         # Model FLOPs, all pairs of tokens counted as is usual in published MFU, over the peak of the devices where it is known.
         # Loaded by name: the costs of all kinds of layers are more than a reader of one run needs.
@@ -216,6 +219,7 @@ class Loop:
         step, metrics, vote = pending
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         seconds = self._tick()
+        self.guard.beat(step)
         nonfinite = values.pop("nonfinite_steps")
         rate = values["tokens"] / seconds
         named = {"step": step, "split": "train", "loss": values.pop("loss"), **values}
@@ -238,17 +242,20 @@ class Loop:
             loss, status = self._validate(step, state)
         self.report.sync()
         if saves or status:
+            self.guard.beat(step, "saving a checkpoint")
             self.checkpoints.save(step, state.evaluated(), _rest(state), loss)
         if status > 128:
             self.checkpoints.wait()
             self.report.message(f"stopped by a signal after step {step}; saved, the same command goes on from here")
         self._tick()
+        self.guard.beat(step)
         return status
 
     def _validate(self, step: int, state: TrainState) -> tuple[float | None, int]:
         """Returns the validation loss and 0, or None and the exit status of a signal that came meanwhile."""
         params = state.evaluated()
-        result = self.evaluator(params, lambda: self.vote.read(self.vote.cast()))
+        self.guard.beat(step, "validating", compiles=True)
+        result = self.evaluator(params, lambda: self.guard.beat(step, "validating") or self.vote.read(self.vote.cast()))
         if "interrupted_by" in result:
             return None, 128 + result["interrupted_by"]
         self.report.validation({"step": step, "split": "validation", **result})
@@ -260,6 +267,7 @@ class Loop:
         if length > 0:
             # Loaded only by runs that sample.
             sample = importlib.import_module("transformer.inference.samples").sample
+            self.guard.beat(step, "sampling", compiles=True)
             text = sample(self.config, self.model, params, self.prepared.tokenizer, prompt, length)
             if text is not None:
                 self.report.sample(step, prompt, text)

@@ -7,11 +7,6 @@ import threading
 import time
 from types import FrameType
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """128 + number, as shells report it, so that Slurm and Kubernetes see an interruption and start the run again."""
 
@@ -43,6 +38,12 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def cast(self) -> None:
+        """Alone, a process has nobody to ask (`voting.Vote`)."""
+
+    def read(self, vote: None) -> int:
+        return self.received
+
     def defer(self) -> None:
         """From now on there is something to save: the first signal is only noted."""
         self._deferred = True
@@ -63,31 +64,3 @@ def _leave_at_second(reader: int) -> None:
                 os._exit(128 + number[0])
             first = min(first, time.monotonic())
     os.close(reader)
-
-
-class Vote:
-    """Lets several processes agree on the step at which to stop: a signal to any one stops all at the same step.
-
-    Every process casts its signal with every step; the largest comes back with that step's metrics, which all read
-    at the same point of the loop.
-    """
-
-    def __init__(self, mesh: Mesh, signals: Signals):
-        self._signals = signals
-        self._alone = jax.process_count() == 1
-        self._layout = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._size = mesh.size
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def cast(self) -> jax.Array | None:
-        """Starts to find the largest signal that any process has received by now."""
-        if self._alone:
-            return None
-        values = np.full((self._size,), self._signals.received, np.int32)
-        with jax.transfer_guard_host_to_device("allow"):
-            votes = jax.make_array_from_callback((self._size,), self._layout, lambda index: values[index])
-        return self._largest(votes)
-
-    def read(self, vote: jax.Array | None) -> int:
-        """Returns the outcome of a vote; a single process need not wait for one."""
-        return self._signals.received if vote is None else int(jax.device_get(vote))
