@@ -51,7 +51,7 @@ def extend(
 def following(tokens: Array, positions: Array) -> dict[str, Array]:
     """Returns the batch of one new token a row, [B, 1], at their positions."""
     batch = {"inputs": tokens[:, None], "positions": positions, "segment_ids": jnp.ones_like(positions)}
-    return {name: constrain(array, "length", "length") for name, array in batch.items()}
+    return {name: constrain(array, "hidden", "hidden") for name, array in batch.items()}
 
 
 def tokens_seen(model: Transformer, batch: dict[str, Array]) -> Bool[Array, "B V"]:
@@ -74,9 +74,9 @@ def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
     texts = jax.lax.dynamic_update_slice(state["tokens"], tokens[:, None], (0, number))
     return state | {
         "batch": following(tokens, state["batch"]["positions"][:, -1:] + 1),
-        "tokens": constrain(texts, "length", "length"),
+        "tokens": constrain(texts, "hidden", "hidden"),
         "number": number + 1,
-        "seen": constrain(seen, "length", "length"),
+        "seen": constrain(seen, "hidden", "hidden"),
         "done": constrain(state["done"] | (tokens == draw["eos"]), "length"),
     }
 
