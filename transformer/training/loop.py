@@ -7,7 +7,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, for_platform, locked, open_run, resolve
+from transformer.checkpointing.run import CHECKPOINTS, Place, for_platform, open_run, resolve
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
@@ -32,7 +32,7 @@ from transformer.training.state import TrainState, abstract_state, create_state,
 from transformer.training.step import compile_step, make_train_step
 
 
-def run(config: Config, workdir: Path) -> int:
+def run(config: Config, workdir: PurePath) -> int:
     """Trains until `train.num_steps`, from the last checkpoint in `workdir` if there is one.
 
     Returns the exit status: 0 when the run is finished, 143 after SIGTERM and 130 after SIGINT with the state saved,
@@ -48,8 +48,10 @@ def run(config: Config, workdir: Path) -> int:
         config = resolve(config, prepared.tokenizer.vocab_size, prepared.num_labels)
         prepared = with_examples(prepared, objective_of(config), config)
 
-        with locked(workdir) if is_writer else contextlib.nullcontext():
-            open_run(workdir, config, prepared, is_writer)
+        # Loaded by name: a reader of one run needs no other places than a local directory.
+        with importlib.import_module("transformer.checkpointing.places").opened(workdir, is_writer) as place:
+            open_run(place.files, config, prepared, is_writer)
+            place.upload()
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("the run directory is written")
 
@@ -58,7 +60,7 @@ def run(config: Config, workdir: Path) -> int:
             optimizer = make_optimizer(config, parameter_specs(model))
             shardings = state_shardings(model, optimizer, mesh, config.parallel.offload_optimizer)
 
-            with jax.set_mesh(mesh), Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
+            with jax.set_mesh(mesh), Checkpoints(place.workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
                 # The latest checkpoint, whatever mesh it was saved from; without one, a state from the seed.
                 latest = checkpoints.latest_step()
                 if latest is None:
@@ -67,8 +69,8 @@ def run(config: Config, workdir: Path) -> int:
                     state = restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
 
                 # Steps, and between them validations, samples and checkpoints.
-                with Report(config, workdir, latest or 0, is_writer) as report:
-                    loop = Loop(config, workdir, prepared, model, mesh, checkpoints, signals, report)
+                with Report(config, place, latest or 0, is_writer) as report:
+                    loop = Loop(config, place, prepared, model, mesh, checkpoints, signals, report)
                     return loop.train(state, make_train_step(config, model, optimizer, shardings), shardings)
 
 
@@ -93,7 +95,7 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        workdir: Path,
+        place: Place,
         prepared: Prepared,
         model: Transformer,
         mesh: Mesh,
@@ -101,7 +103,7 @@ class Loop:
         signals: Signals,
         report: Report,
     ):
-        self.config, self.workdir, self.prepared, self.model, self.mesh = config, workdir, prepared, model, mesh
+        self.config, self.place, self.prepared, self.model, self.mesh = config, place, prepared, model, mesh
         self.checkpoints, self.signals, self.report = checkpoints, signals, report
         self.evaluator = Evaluator(config, prepared, model, mesh)
         self.vote = Vote(mesh, signals)
@@ -138,7 +140,7 @@ class Loop:
                     self.checkpoints.add_loss(step, loss)
             while step < last and not status:
                 if traced and step + 1 == traced.start:
-                    trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
+                    trace.enter_context(jax.profiler.trace(str(self.place.files / "profile")))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, metrics = compiled(state, next(batches))
                     step += 1
@@ -156,7 +158,7 @@ class Loop:
         self.checkpoints.wait()
         if not status:
             self.report.message(
-                f"finished: {self.workdir} holds the run; the step was traced {self.num_traces} time(s)"
+                f"finished: {self.place.workdir} holds the run; the step was traced {self.num_traces} time(s)"
             )
         return status
 
