@@ -22,7 +22,7 @@ RandomText = Callable[[int, int], str]
 def test_a_runner_that_does_not_exist(make_config: MakeConfig) -> None:
     from transformer.data import beam
 
-    with pytest.raises(ConfigError, match="--runner = 'flnk': must be one of direct, flink, .*did you mean flink"):
+    with pytest.raises(ConfigError, match=r"--runner = 'flnk': must be one of direct, flink, .*did you mean flink"):
         beam.prepare(make_config(["a"]), "flnk")
 
 
@@ -57,7 +57,9 @@ def test_beam_writes_the_bytes_that_local_workers_write(
         path.write_text("".join(f'{{"text": "{i} of them", "label": "{"ab"[i % 2]}"}}\n' for i in range(200)))
         objective = {"name": "sequence_classification"}
         config = replace(
-            make_config(path=(str(path),)), objective=objective, model={"architecture": "encoder", "layers": "attention"}
+            make_config(path=(str(path),)),
+            objective=objective,
+            model={"architecture": "encoder", "layers": "attention"},
         )
     else:
         config = make_config([random_text(i, 40) for i in range(60)], tokenizer=kind, tokenizer_vocab_size=400)
@@ -74,7 +76,7 @@ def test_a_broken_document_is_the_users_mistake(make_config: MakeConfig, tmp_pat
 
 
 def test_an_option_that_beam_does_not_know(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match="Beam has no option 'direct_num_worker'.*did you mean direct_num_workers"):
+    with pytest.raises(ConfigError, match=r"Beam has no option 'direct_num_worker'.*did you mean direct_num_workers"):
         with_beam(make_config(["a"]), "direct_num_worker=2")
 
 

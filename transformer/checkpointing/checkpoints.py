@@ -48,7 +48,7 @@ class Checkpoints:
             create=config is not None,
         )
         handlers = {PARAMETERS: ocp.StandardCheckpointHandler(), REST: ocp.StandardCheckpointHandler()}
-        self._directory = directory.absolute()
+        self._directory = directory.absolute() if isinstance(directory, Path) else directory
         with _disk_errors(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
