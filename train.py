@@ -7,9 +7,9 @@ The same command again goes on where the run stopped; `python train.py --help` s
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformer.arguments import TrainOptions, exit_status, parse
+from transformer.config import place
 from transformer.parallel import startup
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     # checkpoint if there is one, then step, validate, sample and save until the last step or a signal.
     from transformer.training.loop import run
 
-    return run(options.config, Path(options.workdir).expanduser())
+    return run(options.config, place(options.workdir))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformer.config import (
     keys,
     mentioned,
     nearest,
+    place,
     problems_of,
     type_of,
     type_problem,
@@ -163,7 +164,7 @@ def load_config(name: str, is_run: bool = False) -> tuple[Config, list[str], boo
     """Returns the configuration that `--config` names, or of the run in a directory, what is wrong with it, and whether
     it could be read at all."""
     recipes = {} if is_run else {file.stem: file for file in sorted((CHECKOUT / "configs").glob("[!_]*.py"))}
-    path = recipes.get(name, Path(name).expanduser())
+    path = recipes.get(name) or place(name)
     problems = []
     if is_run or path.is_dir():
         path /= "config.json"

@@ -14,7 +14,7 @@ from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions
 from transformer.arguments import parse as parse_options
 from transformer.benchmarks import BENCHMARKS
 from transformer.benchmarks.measure import check_destination
-from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, replace, source_length
+from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, place, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
 from transformer.studies import STUDIES
@@ -26,6 +26,12 @@ class PrepareOptions:
 
     recipe: Recipe = ""
     """A name in configs/, the path of a recipe or of a config.json, or a run directory."""
+    runner: str = ""
+    """Have Apache Beam do the work (extra `beam`): direct, flink, spark or dataflow; empty: processes of this machine."""
+    runner_options: tuple[str, ...] = ()
+    """Options of Beam's runner: `name=value`, or `name` for a switch."""
+    publish: str = ""
+    """Copy tokenizer and shards to this directory, gs:// and s3:// too, from which `data.prepared` reads."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -99,13 +105,24 @@ def prepare(options: PrepareOptions) -> int:
     from transformer.data.prepared import prepare_apart
     from transformer.objectives import with_window
 
-    prepared = prepare_apart(with_window(options.config))
+    if options.runner_options and not options.runner:
+        raise ConfigError(f"--runner-options = {' '.join(options.runner_options)!r} needs --runner")
+    config = with_window(options.config)
+    if options.runner:
+        # Loaded by name, for it is an extra's.
+        beam = importlib.import_module("transformer.data.beam")
+        prepared = beam.prepare(config, options.runner, options.runner_options)
+    else:
+        prepared = prepare_apart(config)
     print(f"tokenizer: {prepared.tokenizer.vocab_size:,} tokens")
     for source in prepared.sources:
         for split in (source.train, source.validation):
             documents = sum(shard.num_documents for shard in split.shards)
             sizes = f"{documents:,} documents, {split.num_bytes:,} bytes, {split.num_tokens:,} tokens"
             print(f"{source.name} {split.name}: {sizes}, {split.num_windows:,} examples in {split.directory}")
+    if options.publish:
+        importlib.import_module("transformer.data.published").publish(config, prepared, options.publish)
+        print(f"published: --data.prepared {options.publish}")
     return 0
 
 
@@ -115,7 +132,7 @@ def train(options: TrainOptions) -> int:
     startup.start(options.config)
     from transformer.training.loop import run
 
-    return run(options.config, Path(options.workdir).expanduser())
+    return run(options.config, place(options.workdir))
 
 
 def evaluate(options: EvaluateOptions) -> int:
@@ -156,7 +173,7 @@ def evaluate(options: EvaluateOptions) -> int:
     if options.baseline:
         better = "the model is better" if result["bits_per_byte"] < result["trigram_bits_per_byte"] else "it is better"
         print(f"  bits a byte   {result['trigram_bits_per_byte']:.4f} of an interpolated byte trigram: {better}")
-        plot = Path(options.workdir) / "loss.png"
+        plot = place(options.workdir) / "loss.png"
         print(f"  loss plot     {plot}" if plot.exists() else "  no loss plot")
     return 0
 
@@ -173,6 +190,8 @@ def study(options: StudyOptions) -> int:
 
     if not options.seeds:
         raise ConfigError("--seeds has no value: give at least one")
+    if "://" in options.workdir:
+        raise ConfigError(f"--workdir = {options.workdir!r}: the directory of a study is local")
     run_study(options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser())
     return 0
 
@@ -189,10 +208,11 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
 
     import jax
 
-    from transformer.checkpointing.run import contradictions, load_run
+    from transformer.checkpointing.fixed import contradictions
+    from transformer.checkpointing.run import load_run
     from transformer.parallel.sharding import make_mesh
 
-    run = load_run(Path(workdir).expanduser())
+    run = load_run(place(workdir))
     if problems := [problem for problem in contradictions(run.config, config) if problem.startswith("model.")]:
         raise ConfigError([f"{workdir} holds a trained model, which stays as it is", *problems])
     size = config.evaluation.batch_size or config.train.batch_size

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.checkpointing.fixed import contradictions
 from transformer.checkpointing.loading import load_parameters
-from transformer.checkpointing.run import Run, _absolute, contradictions, for_platform, load_run, locked
+from transformer.checkpointing.places import locked
+from transformer.checkpointing.run import Run, for_platform, load_run
 from transformer.config import CheckpointConfig, Config, ConfigError, from_json, replace, to_json
+from transformer.config.absolute import absolute
 from transformer.data.plain_tokenizers import ByteTokenizer
 from transformer.models.parameters import map_specs, parameter_specs
 from transformer.models.transformer import Transformer
@@ -107,10 +110,10 @@ def test_a_run_keeps_no_decision_of_the_hardware_and_names_files_from_anywhere(
     assert loop.run(replace(kept, train={"num_steps": 2}), tmp_path / "run") == 0
     (tmp_path / "odd [1]").mkdir()
     monkeypatch.chdir(tmp_path / "odd [1]")
-    assert Path(_absolute(replace(config, data={"path": ("*.txt",)}).data)["path"][0]).parent.name == "odd [[]1]"
+    assert Path(absolute(replace(config, data={"path": ("*.txt",)}).data)["path"][0]).parent.name == "odd [[]1]"
     monkeypatch.chdir("/")
     sources = ("local_text:a.txt", "local_text:/b/*.md", "python_stdlib", "hf:c")
-    assert _absolute(replace(config, data={"source": sources}).data)["source"] == ("local_text:/a.txt", *sources[1:])
+    assert absolute(replace(config, data={"source": sources}).data)["source"] == ("local_text:/a.txt", *sources[1:])
 
 
 def test_training_overwrites_no_directory_that_is_not_a_run(make_run: Make, tmp_path: Path) -> None:
@@ -293,5 +296,5 @@ def test_a_disk_that_is_full_or_read_only(
 def test_a_run_names_its_files_of_pairs_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     keys = ("source_path", "target_path", "validation_source_path", "validation_target_path")
-    kept = _absolute(replace(Config(), data={key: (key, f"/{key}") for key in keys}).data)
+    kept = absolute(replace(Config(), data={key: (key, f"/{key}") for key in keys}).data)
     assert {key: kept[key] for key in keys} == {key: (str(tmp_path / key), f"/{key}") for key in keys}

@@ -25,8 +25,8 @@ PARAMETERS, REST = "params", "rest"
 class Checkpoints:
     """The checkpoints of one run directory. Used as a context manager: leaving waits for the last save."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig | None = None):
-        """Opens `directory`; without a `config` it is only read."""
+    def __init__(self, directory: Any, config: CheckpointConfig | None = None):
+        """Opens `directory`, a Path or an `etils.epath.Path`; without a `config` it is only read."""
         # What goes wrong in a save is raised by the next one, or by `wait`; Orbax logs it as well, with its traceback.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         policies: list[Any] = []
@@ -48,7 +48,7 @@ class Checkpoints:
             create=config is not None,
         )
         handlers = {PARAMETERS: ocp.StandardCheckpointHandler(), REST: ocp.StandardCheckpointHandler()}
-        self._directory = directory.absolute()
+        self._directory = directory.absolute() if isinstance(directory, Path) else directory
         with _disk_errors(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
@@ -84,7 +84,7 @@ class Checkpoints:
         items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
         shards = [shard for leaf in jax.tree.leaves((params, rest)) for shard in leaf.addressable_shards]
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + 2**20  # and metadata
-        if shutil.disk_usage(self._directory).free < needed:
+        if isinstance(self._directory, Path) and shutil.disk_usage(self._directory).free < needed:
             # Found out by Orbax, it would leave a half-written checkpoint and the tracebacks of several threads.
             raise OSError(errno.ENOSPC, f"No space left for a checkpoint of {needed:,} bytes", str(self._directory))
         with _disk_errors(self._directory):
@@ -93,7 +93,8 @@ class Checkpoints:
     def add_loss(self, step: int, validation_loss: float) -> None:
         """Gives a checkpoint its validation loss afterwards, in the file where Orbax looks for it."""
         metrics = json.dumps({"validation_loss": min(math.inf, validation_loss)})
-        write_atomically(self._directory / str(step) / "metrics" / "metrics", metrics)
+        path = self._directory / str(step) / "metrics" / "metrics"
+        write_atomically(path, metrics) if isinstance(path, Path) else path.write_text(metrics)
         self._manager.reload()
 
     def wait(self) -> None:

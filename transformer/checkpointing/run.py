@@ -1,24 +1,19 @@
 """A run directory: config.json, the tokenizer, checkpoints; all that any verb needs of a run."""
 
-import contextlib
 import dataclasses
-import fcntl
-import glob
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformer.config import (
     Config,
     ConfigError,
-    DataConfig,
     ModelConfig,
     ParallelConfig,
     from_json,
-    get,
-    keys,
     replace,
     source_length,
     to_json,
@@ -30,39 +25,32 @@ from transformer.objectives import objective_of
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
 
-MAY_CHANGE = (
-    *(
-        f"model.{name}"
-        for name in ("attention_implementation", "scan_layers", "remat", "compute_dtype", "matrix_products", "dropout")
-    ),
-    *("model.balance_loss", "model.router_z_loss"),
-    *("objective.z_loss", "objective.label_smoothing", "objective.future_weight"),
-)
-"""Keys of `model` and `objective` that change neither the parameters nor what they mean, nor the examples."""
-
-FIXED = (
-    *(key for key in keys() if key.startswith("model.") and key not in MAY_CHANGE),
-    *("data.sequence_length", "data.source_length", "data.window_length"),
-    *("data.shuffle", "data.shift_windows", "data.weights"),
-    *(key for key in keys() if key.startswith("objective.") and key not in MAY_CHANGE),
-    *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay"),
-    *("train.batch_size", "train.batch_warmup_steps", "seed"),
-)
-"""Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""
-
 
 @dataclass(frozen=True)
 class Run:
     """What stands in a run directory."""
 
-    workdir: Path
+    workdir: Any
+    """A Path; in an object store an `etils.epath.Path`."""
     config: Config
     tokenizer: Tokenizer
     data_fingerprint: str
 
 
-def load_run(workdir: Path) -> Run:
+@dataclass(frozen=True)
+class Place:
+    """Where a run is, as `places.opened` gives it."""
+
+    workdir: Any
+    files: Path
+    """Where all but the checkpoints is written: the run directory, or the local copy of one in an object store."""
+    upload: Callable[[], None] = lambda: None
+
+
+def load_run(workdir: PurePath) -> Run:
     """Reads a run directory; raises ConfigError if it is not one."""
+    if not isinstance(workdir, Path):
+        return importlib.import_module("transformer.checkpointing.places").load_run(workdir)
     try:
         text = (workdir / CONFIG).read_text()
         corpus = json.loads((workdir / CORPUS).read_text())
@@ -73,18 +61,6 @@ def load_run(workdir: Path) -> Run:
     return Run(workdir, config, load_tokenizer(workdir / TOKENIZER), corpus["fingerprint"])
 
 
-def contradictions(old: Config, new: Config) -> list[str]:
-    """Returns a sentence for each fixed key in which `new` differs from the run's `old` configuration."""
-    # A batch that grows does so by microbatches; a schedule-free run keeps points from which beta1 tells the average.
-    grows, averages = old.train.batch_warmup_steps > 0, old.optimizer.name == "schedule_free"
-    fixed = (*FIXED, *["train.num_microbatches"] * grows, *["optimizer.beta1"] * averages)
-    return [
-        f"{key} = {get(new, key)!r} contradicts the run, which has {get(old, key)!r}"
-        for key in fixed
-        if get(old, key) != get(new, key)
-    ]
-
-
 def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool) -> None:
     """Begins a run in `workdir`, or joins the one that is there.
 
@@ -92,7 +68,7 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
     """
     if (workdir / CONFIG).exists():
         run = load_run(workdir)
-        problems = contradictions(run.config, config)
+        problems = importlib.import_module("transformer.checkpointing.fixed").contradictions(run.config, config)
         if run.tokenizer.fingerprint != prepared.tokenizer.fingerprint:
             problems.append("data.tokenizer: the run was trained with another tokenizer")
         elif run.data_fingerprint != prepared.fingerprint:
@@ -108,35 +84,8 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         # Which process this was is not the run's.
         here = ParallelConfig()
         alone = {"coordinator": here.coordinator, "num_processes": here.num_processes, "process_id": here.process_id}
-        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, data=_absolute(config.data))))
-
-
-def _absolute(data: DataConfig) -> dict[str, Any]:
-    """Returns the keys that name files, so that they name the same files from any directory."""
-
-    def absolute(name: str) -> str:
-        kind, colon, path = name.partition(":") if name.startswith(("local_text:", "hf:")) else ("", "", name)
-        if kind == "hf":
-            return f"hf:{Path(path).expanduser().absolute()}" if Path(path).expanduser().exists() else name
-        return kind + colon + str(Path(glob.escape(str(Path.cwd()))) / Path(path).expanduser())
-
-    source = tuple(name if name.startswith(("python_stdlib", "tfds:")) else absolute(name) for name in data.source)
-    tokenizer = str(Path(data.tokenizer_path).expanduser().absolute()) if data.tokenizer_path else ""
-    paths = ("path", "source_path", "target_path", "validation_source_path", "validation_target_path")
-    files = {name: tuple(map(absolute, getattr(data, name))) for name in paths}
-    return files | {"source": source, "tokenizer_path": tokenizer}
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Holds the run directory for one training at a time; raises ConfigError if another process has it."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{workdir} is in use by another process that trains there") from error
-        yield
+        absolute = importlib.import_module("transformer.config.absolute").absolute(config.data)
+        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, data=absolute)))
 
 
 def resolve(config: Config, vocab_size: int, num_labels: int = 0) -> Config:

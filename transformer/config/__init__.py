@@ -47,6 +47,7 @@ from transformer.config.schema import (
 from transformer.config.serialization import (
     from_json,
     from_tree,
+    place,
     to_json,
     type_name,
     type_problem,

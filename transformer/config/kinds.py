@@ -149,7 +149,7 @@ def source_problems(data: DataConfig, kind: DataKind, name: str) -> Iterator[str
         yield f"data.{given[0]} holds out pairs of data.source_path, which is not given: use data.validation_documents"
     if kind != "text" and data.validation_tail is not None:
         yield f"data.validation_tail = {data.validation_tail}: {name} holds out whole examples (data.validation_documents)"
-    if kind != "text" and "python_stdlib" in data.source and not data.path and not given:
+    if kind != "text" and "python_stdlib" in data.source and not (data.path or given or data.prepared):
         fields = (
             "data.source_field and data.target_field" if kind == "pairs" else "data.text_field and data.label_field"
         )

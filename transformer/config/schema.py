@@ -93,6 +93,10 @@ class DataConfig:
     """Visit the examples of each epoch in a random order that reaches over the whole corpus."""
     cache_dir: str = "~/.cache/transformer"
     """Where datasets, trained tokenizers and token shards are kept; shared by all runs."""
+    prepared: str = ""
+    """Directory, gs:// and s3:// too, that `transformer prepare --publish` has made: read instead of `source` and the like."""
+    copy_prepared: bool | None = None
+    """Copy its shards to the cache of each machine; None: only where they cannot be read in place, on s3://."""
     num_workers: int = 0
     """Processes that tokenise in parallel; 0: one for each CPU core."""
     prefetch_batches: int = 4

@@ -1,6 +1,7 @@
 """A configuration as JSON and back, and the types of its keys in words."""
 
 import dataclasses
+import importlib
 import json
 import os
 import tempfile
@@ -93,6 +94,13 @@ def type_name(expected: Any) -> str:
     if arguments:
         return " or ".join("None" if argument is types.NoneType else type_name(argument) for argument in arguments)
     return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[expected]
+
+
+def place(name: str) -> Any:
+    """Returns the path that a user has named: of this machine or, with a scheme, in an object store."""
+    if "://" in name:
+        return importlib.import_module("transformer.config.stores").remote(name)
+    return Path(name).expanduser()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -8,6 +8,7 @@ itself, so that neither a kill nor the number of workers changes a byte. `index.
 import dataclasses
 import errno
 import functools
+import importlib
 import json
 import os
 import sys
@@ -51,7 +52,8 @@ def prepare(config: Config, show_progress: bool = True) -> Prepared:
 
     Raises ConfigError for sources, texts and tokenizers that cannot be used.
     """
-    return load_prepared(*_make(config, show_progress))
+    with Workers(config.data.num_workers, show_progress) as workers:
+        return load_prepared(*make(config, workers))
 
 
 def main() -> None:
@@ -59,9 +61,8 @@ def main() -> None:
     config = from_json(json.loads(sys.stdin.readline()))
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     try:
-        answer = dict(
-            zip(("tokenizer", "fingerprint", "sources"), _make(config, "--quiet" not in sys.argv), strict=True)
-        )
+        with Workers(config.data.num_workers, "--quiet" not in sys.argv) as workers:
+            answer = dict(zip(("tokenizer", "fingerprint", "sources"), make(config, workers), strict=True))
     except ConfigError as error:
         answer = {"problems": error.problems}
     except OSError as error:
@@ -78,26 +79,25 @@ def main() -> None:
     print(json.dumps(answer), flush=True)
 
 
-def _make(config: Config, show_progress: bool) -> tuple[str, str, list[str]]:
+def make(config: Config, workers: Workers) -> tuple[str, str, list[str]]:
     """Makes what is missing; returns where the tokenizer is, the fingerprint, and where the shards of each source are."""
     data, root = config.data, sources.cache_dir(config) / "tokens"
+    if data.prepared:
+        return importlib.import_module("transformer.data.published").fetch(config, workers.say)
     form = form_of(config)
     lengths = (window_length(config),) if form.kind == "text" else packing.capacity(config)
     cuts = (data.validation_documents, data.validation_tail, *lengths, SHARD_BYTES, MAX_SHARDS)
-    with Workers(data.num_workers, show_progress) as workers:
-        corpora = sources.open_sources(config)
-        tokenizer, saved = _tokenizer(config, corpora, workers)
-        # The numbers of named labels follow from all sources together.
-        others = [corpus.fingerprint for corpus in corpora] if form.kind == "labelled" else ()
-        keys = [
-            files.fingerprint(FORMAT, corpus.fingerprint, tokenizer.fingerprint, cuts, *others) for corpus in corpora
-        ]
-        for corpus, key in zip(corpora, keys, strict=True):
-            with files.locked(root / key):
-                if not (root / key / "index.json").exists():
-                    _write_shards(config, corpora, corpus, tokenizer, saved, root / key, workers)
-            for message in packing.left_out(config, root / key) if form.kind != "text" else ():
-                workers.say(message)
+    corpora = sources.open_sources(config)
+    tokenizer, saved = _tokenizer(config, corpora, workers)
+    # The numbers of named labels follow from all sources together.
+    others = [corpus.fingerprint for corpus in corpora] if form.kind == "labelled" else ()
+    keys = [files.fingerprint(FORMAT, corpus.fingerprint, tokenizer.fingerprint, cuts, *others) for corpus in corpora]
+    for corpus, key in zip(corpora, keys, strict=True):
+        with files.locked(root / key):
+            if not (root / key / "index.json").exists():
+                _write_shards(config, corpora, corpus, tokenizer, saved, root / key, workers)
+        for message in packing.left_out(config, root / key) if form.kind != "text" else ():
+            workers.say(message)
     return str(saved), files.fingerprint(keys), [str(root / key) for key in keys]
 
 

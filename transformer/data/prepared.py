@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from transformer.config import Config, ConfigError, to_json
+from transformer.config import Config, ConfigError, place, to_json
 from transformer.data.shards import Shard, Split, Window
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -25,7 +25,7 @@ class Windows(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def directory(self) -> Path: ...
+    def directory(self) -> PurePath: ...
     @property
     def shards(self) -> tuple[Any, ...]: ...
     @property
@@ -83,10 +83,10 @@ class Prepared:
 
 def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepared:
     """Returns what lies in the directories of a tokenizer and of the shards of each source."""
-    return Prepared(load_tokenizer(Path(tokenizer)), fingerprint, tuple(_read_index(Path(path)) for path in sources))
+    return Prepared(load_tokenizer(Path(tokenizer)), fingerprint, tuple(_read_index(place(path)) for path in sources))
 
 
-def _read_index(directory: Path) -> Source:
+def _read_index(directory: Any) -> Source:
     index = json.loads((directory / "index.json").read_text())
     if "kind" in index:
         # Loaded only by those whose examples are rows.

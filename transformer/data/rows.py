@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +37,7 @@ class RowSplit:
     """The training or validation part of a source of pairs or of texts with labels."""
 
     name: str
-    directory: Path
+    directory: PurePath
     kind: Literal["pairs", "labelled"]
     token_type: str
     shards: tuple[RowShard, ...]
@@ -86,7 +86,7 @@ class RowSplit:
         return _joined(firsts) | {"labels": np.concatenate(each) - 1}
 
 
-def splits(directory: Path, index: Mapping[str, Any], names: Sequence[str]) -> list[RowSplit]:
+def splits(directory: PurePath, index: Mapping[str, Any], names: Sequence[str]) -> list[RowSplit]:
     """Returns the splits of which `index` is the description in `directory`."""
     shards_of = {name: tuple(RowShard(**shard) for shard in index[name]) for name in names}
     return [RowSplit(name, directory, index["kind"], index["token_type"], shards_of[name]) for name in names]

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ class Split:
     """The training or validation part of a source."""
 
     name: str
-    directory: Path
+    directory: PurePath
     sequence_length: int
     token_type: str
     shards: tuple[Shard, ...]

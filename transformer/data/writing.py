@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def write_shard(path: Path, documents: Sequence[np.ndarray], num_bytes: int, voc
 
 def write_records(path: Path, records: Iterable[bytes], description: dict[str, Any]) -> None:
     """Writes records and what `shards.read_description` returns, whole or not at all: temporary name, fsync, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")  # process numbers repeat on other machines
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     for record in records:
         writer.write(record)

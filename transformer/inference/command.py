@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformer.arguments import Json, Overrides, Workdir
-from transformer.config import Config, ConfigError, write_atomically
+from transformer.config import Config, ConfigError, place, write_atomically
 
 if TYPE_CHECKING:
     from transformer.inference.text import Generation
@@ -251,7 +251,7 @@ def _method(
     from transformer.checkpointing.run import load_run
     from transformer.inference.speculative import check_draft, speculate
 
-    other = load_run(Path(options.draft).expanduser())
+    other = load_run(place(options.draft))
     draft, draft_params, _ = load_parameters(other, mesh)
     check_draft(model, run.tokenizer, draft, other.tokenizer, options.draft_tokens)
     both = ((model, draft), (params, draft_params), run.tokenizer)

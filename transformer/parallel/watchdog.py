@@ -1,9 +1,10 @@
 """Ends a process in which nothing happens any more: a collective whose peer is stuck, a device, a file system."""
 
 import faulthandler
+import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from transformer.parallel import HUNG
 
@@ -18,9 +19,12 @@ class Watchdog:
     is suspended is no silence.
     """
 
-    def __init__(self, seconds: int, directory: Path, index: int, leave: Callable[[int, str], None]):
-        """`leave` is called with HUNG and a reason, from the thread, and has to end the process."""
-        self._seconds, self._path, self._leave = seconds, directory / f"hung.{index}.txt", leave
+    def __init__(self, seconds: int, directory: PurePath, index: int, leave: Callable[[int, str], None]):
+        """Stacks are written into a `directory` of this machine, or of its temporary files if that is in an object store.
+
+        `leave` is called with HUNG and a reason, from the thread, and has to end the process."""
+        local = directory if isinstance(directory, Path) else Path(tempfile.gettempdir())
+        self._seconds, self._path, self._leave = seconds, local / f"hung.{index}.txt", leave
         self._doing, self._allowed, self._silent = "", float("inf"), 0.0
         self._over, self._writing = threading.Event(), threading.Lock()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import traceback
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 
 from transformer.config import Config, ConfigError
@@ -21,7 +21,7 @@ _NETWORK = re.compile(
 class Guard:
     """Entered around a run."""
 
-    def __init__(self, config: Config, workdir: Path):
+    def __init__(self, config: Config, workdir: PurePath):
         self._peers = join(config.parallel.heartbeat_seconds)
         self._watchdog: Watchdog | None = None
         if config.parallel.watchdog_seconds:
@@ -49,10 +49,14 @@ class Guard:
         if self._peers:
             self._peers.agree({name.replace("_", " "): value for name, value in facts.items()})
 
-    def meet(self, path: Path) -> None:
-        """Waits for all processes, process 0 having written a file; raises ConfigError if not all of them see it."""
+    def meet(self, path: PurePath) -> None:
+        """Waits for all processes, process 0 having written a file; raises ConfigError if not all of them see it.
+
+        A path in an object store is the same for all.
+        """
         if self._peers:
             self._peers.agree({})
+        if self._peers and isinstance(path, Path):
             text = path.read_text() if path.exists() else "absent"
             shown = text if text == "absent" else f"present ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
             self._peers.agree({f"{path} (--workdir has to be one directory for all)": shown})

@@ -7,14 +7,14 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, CONFIG, for_platform, locked, open_run, resolve
+from transformer.checkpointing.run import CHECKPOINTS, CONFIG, Place, for_platform, open_run, resolve
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
@@ -31,7 +31,7 @@ from transformer.training.state import TrainState, abstract_state, create_state,
 from transformer.training.step import compile_step, make_train_step
 
 
-def run(config: Config, workdir: Path) -> int:
+def run(config: Config, workdir: PurePath) -> int:
     """Trains until `train.num_steps`, from the last checkpoint in `workdir` if there is one.
 
     Returns the exit status: 0 when the run is finished, 143 after SIGTERM and 130 after SIGINT with the state saved,
@@ -50,8 +50,10 @@ def run(config: Config, workdir: Path) -> int:
         prepared = with_examples(prepared, objective_of(config), config)
 
         guard.agree(fingerprint_of_the_data=prepared.fingerprint)
-        with locked(workdir) if is_writer else contextlib.nullcontext():
-            open_run(workdir, config, prepared, is_writer)
+        # Loaded by name: a reader of one run needs no other places than a local directory.
+        with importlib.import_module("transformer.checkpointing.places").opened(workdir, is_writer) as place:
+            open_run(place.files, config, prepared, is_writer)
+            place.upload()
             guard.meet(workdir / CONFIG)
 
             # Model and optimizer, and where each array of their state lives.
@@ -59,7 +61,7 @@ def run(config: Config, workdir: Path) -> int:
             optimizer = make_optimizer(config, parameter_specs(model))
             shardings = state_shardings(model, optimizer, mesh, config.parallel)
 
-            with jax.set_mesh(mesh), Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
+            with jax.set_mesh(mesh), Checkpoints(place.workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
                 # The latest checkpoint, whatever mesh it was saved from; without one, a state from the seed.
                 latest = checkpoints.latest_step()
                 if latest is None:
@@ -68,8 +70,8 @@ def run(config: Config, workdir: Path) -> int:
                     state = restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
 
                 # Steps, and between them validations, samples and checkpoints.
-                with Report(config, workdir, latest or 0, is_writer) as report:
-                    loop = Loop(config, workdir, prepared, model, mesh, checkpoints, signals, report, guard)
+                with Report(config, place, latest or 0, is_writer) as report:
+                    loop = Loop(config, place, prepared, model, mesh, checkpoints, signals, report, guard)
                     return loop.train(state, make_train_step(config, model, optimizer, shardings), shardings)
 
 
@@ -94,7 +96,7 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        workdir: Path,
+        place: Place,
         prepared: Prepared,
         model: Transformer,
         mesh: Mesh,
@@ -103,7 +105,7 @@ class Loop:
         report: Report,
         guard: Any,
     ):
-        self.config, self.workdir, self.prepared, self.model, self.mesh = config, workdir, prepared, model, mesh
+        self.config, self.place, self.prepared, self.model, self.mesh = config, place, prepared, model, mesh
         self.checkpoints, self.signals, self.report, self.guard = checkpoints, signals, report, guard
         self.evaluator = Evaluator(config, prepared, model, mesh)
         alone = jax.process_count() == 1
@@ -141,7 +143,7 @@ class Loop:
                     self.checkpoints.add_loss(step, loss)
             while step < last and not status:
                 if traced and step + 1 == traced.start:
-                    trace.enter_context(jax.profiler.trace(str(self.workdir / "profile")))
+                    trace.enter_context(jax.profiler.trace(str(self.place.files / "profile")))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, metrics = compiled(state, next(batches))
                     step += 1
@@ -159,7 +161,7 @@ class Loop:
         self.checkpoints.wait()
         if not status:
             self.report.message(
-                f"finished: {self.workdir} holds the run; the step was traced {self.num_traces} time(s)"
+                f"finished: {self.place.workdir} holds the run; the step was traced {self.num_traces} time(s)"
             )
         return status
 

@@ -1,9 +1,9 @@
 """Everything a run tells the world: files, trackers and console. Only one process does; in the others it is silent."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
+from transformer.checkpointing.run import Place
 from transformer.config import Config
 from transformer.training.metrics import MetricsLog
 from transformer.training.progress import Progress
@@ -13,8 +13,8 @@ from transformer.training.trackers import trackers
 class Report:
     """Opened at the step from which the run goes on: what was written after that step is dropped, and written again."""
 
-    def __init__(self, config: Config, workdir: Path, start_step: int, is_writer: bool):
-        self._config, self._workdir, self._writes = config, workdir, is_writer
+    def __init__(self, config: Config, place: Place, start_step: int, is_writer: bool):
+        self._config, self._place, self._writes, workdir = config, place, is_writer, place.files
         if is_writer:
             self._progress = Progress(config.train.num_steps, start_step, None, config.train.log_every_steps)
             self._metrics = MetricsLog(workdir / "metrics.jsonl", start_step)
@@ -53,7 +53,8 @@ class Report:
             if self._config.tracking.plot:
                 # Loaded here, for it is an extra's.
                 plots = importlib.import_module("transformer.training.plots")
-                plots.draw_loss(self._workdir / "metrics.jsonl", self._workdir / "loss.png", self._workdir.name)
+                files = self._place.files
+                plots.draw_loss(files / "metrics.jsonl", files / "loss.png", files.name)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Takes a text that the model wrote."""
@@ -68,7 +69,8 @@ class Report:
             self._progress.message(text)
 
     def sync(self) -> None:
-        """Returns when all lines are on disk: to be called before a checkpoint of the same step is written."""
+        """Returns when all lines are on disk, or in the store: to be called before a checkpoint of the same step is written."""
         if self._writes:
             for sink in (self._metrics, self._samples, *self._trackers):
                 sink.sync()
+            self._place.upload()

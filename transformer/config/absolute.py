@@ -1,0 +1,25 @@
+"""Names of files that hold from any directory, as a run keeps them."""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from transformer.config.schema import DataConfig
+
+
+def absolute(data: DataConfig) -> dict[str, Any]:
+    """Returns the keys that name files, so that they name the same files from any directory."""
+
+    def of(name: str) -> str:
+        kind, colon, path = name.partition(":") if name.startswith(("local_text:", "hf:")) else ("", "", name)
+        if kind == "hf":
+            return f"hf:{Path(path).expanduser().absolute()}" if Path(path).expanduser().exists() else name
+        return kind + colon + str(Path(glob.escape(str(Path.cwd()))) / Path(path).expanduser())
+
+    source = tuple(name if name.startswith(("python_stdlib", "tfds:")) else of(name) for name in data.source)
+    tokenizer = str(Path(data.tokenizer_path).expanduser().absolute()) if data.tokenizer_path else ""
+    paths = ("path", "source_path", "target_path", "validation_source_path", "validation_target_path")
+    files = {name: tuple(map(of, getattr(data, name))) for name in paths}
+    local = data.prepared and "://" not in data.prepared
+    prepared = str(Path(data.prepared).expanduser().absolute()) if local else data.prepared
+    return files | {"source": source, "tokenizer_path": tokenizer, "prepared": prepared}
