@@ -89,9 +89,9 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     moments = 0 if config.parallel.offload_optimizer else MOMENTS[config.optimizer.name]
     transfers = _transfers(config, topology, axes, tokens, layer * layers, outside, held)
     exposed = {axis: s for axis, s in transfers.items() if axis in ("tensor", "expert", "context", "stage")}
-    hidden_seconds = sum(s for axis, s in transfers.items() if axis not in exposed)
+    hidden_seconds = math.fsum(s for axis, s in transfers.items() if axis not in exposed)
     memory = 2 * (4 * held * (2 + moments) + activations + element * layer * layers) / chip.hbm_bandwidth
-    seconds = prediction(config, topology, axes["stage"], memory, sum(exposed.values()), 0.0, hidden_seconds)
+    seconds = prediction(config, topology, axes["stage"], memory, math.fsum(exposed.values()), 0.0, hidden_seconds)
     return Estimate(
         config, topology, 4 * held, 4 * held * moments, 4 * held * sets, activations, working, seconds, transfers
     )

@@ -104,10 +104,9 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
 
 
 def _nearest_shape(shape: tuple[int, ...], known: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Returns the known shape nearest in the number of chips, and of those the one nearest in its sides."""
+    """Returns the known shape whose sides are nearest in ratio."""
 
-    def distance(other: tuple[int, ...]) -> tuple[float, int]:
-        sides = zip(sorted(shape), sorted(other), strict=True)
-        return abs(math.log(math.prod(other) / math.prod(shape))), sum(abs(a - b) for a, b in sides)
+    def distance(other: tuple[int, ...]) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip(sorted(shape), sorted(other), strict=True))
 
     return min(known, key=distance)

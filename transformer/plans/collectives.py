@@ -55,7 +55,7 @@ class Collective:
         share = (self.group_size - 1) / self.group_size
         if self.kind == "all-reduce":
             return 2 * share * self.bytes
-        return self.bytes if self.kind in ("collective-permute", "collective-broadcast") else share * self.bytes
+        return self.bytes * (1.0 if self.kind in ("collective-permute", "collective-broadcast") else share)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,9 @@ def prepare(chip: Chip, config: Config) -> None:
         os.environ.setdefault(name, value)
     xla_flags.set_flags("tpu", os.environ, chip.name)
     startup.start(config)
+    # It would else complain that it cannot find out in what machine it is.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
@@ -285,7 +288,7 @@ def extrapolated(few: Compiled, more: Compiled, periods: tuple[int, int], config
     total = config.model.num_layers // len(config.model.kinds)
     share = (total - periods[0]) / (periods[1] - periods[0])
 
-    def beyond(one: float, two: float) -> int:
+    def beyond(one: int, two: int) -> int:
         return round(one + share * (two - one))
 
     names = [item.name for item in dataclasses.fields(Memory) if item.name != "largest"]

@@ -33,7 +33,7 @@ def text_of(compiled: Compiled, tokens: float = 0.0) -> str:
     """Returns the plan in full; `tokens`: a budget to tell days and chip-hours for."""
     lines = [
         f"{compiled.topology}; {axes_text(compiled.axes)}; batch {compiled.config.train.batch_size:,} x "
-        f"{compiled.config.data.sequence_length:,} tokens, {compiled.config.train.num_microbatches} microbatches, "
+        f"{compiled.config.data.sequence_length:,} tokens, {_counted(compiled.config.train.num_microbatches)}, "
         f"remat {compiled.config.model.remat}",
         "",
         *_memory_lines(compiled),
@@ -42,6 +42,10 @@ def text_of(compiled: Compiled, tokens: float = 0.0) -> str:
         return "\n".join([*lines, *_too_large_lines(compiled)])
     lines += ["", "Collectives of a step, for each chip:", "", _collective_table(compiled)]
     return "\n".join([*lines, *_time_lines(compiled, predict(compiled), tokens)])
+
+
+def _counted(microbatches: int) -> str:
+    return f"{microbatches} microbatch{'es' if microbatches > 1 else ''}"
 
 
 def _memory_lines(compiled: Compiled) -> list[str]:
@@ -56,7 +60,7 @@ def _memory_lines(compiled: Compiled) -> list[str]:
         ("all", memory.total),
         ("HBM that a program may have", limit),
     ]
-    shown = [(name, f"{size / 1e9:.3f}", f"{size / limit:.1%}") for name, size in rows]
+    shown = [(name, f"{size / 1e9:.4g}", f"{size / limit:.1%}") for name, size in rows]
     source = "" if compiled.collectives or compiled.fits else ", as far as the compiler tells of a program it refuses"
     cost = (
         f"compiled in {compiled.compile_cpu_seconds:.0f} CPU-seconds, {compiled.peak_host_bytes / 1e9:.2f} GB at most"
@@ -79,16 +83,16 @@ def _time_lines(compiled: Compiled, found: Prediction, tokens: float) -> list[st
     topology = compiled.topology
     lines = [
         f"FLOPs a step: {found.step_flops:.4g} of the model (causal attention as half), {found.executed_flops:.4g} executed",
-        f"Predicted step: {found.step_seconds:.3f} s = max(products {found.products:.3f} at {EFFICIENCY:.0%} of peak"
-        f"{f' x {1 + found.bubble:.3f} for the pipeline' if found.bubble else ''}, memory {found.memory:.3f})"
-        f" + open transfers ICI {found.exposed_ici:.3f}, DCN {found.exposed_dcn:.3f}"
-        f" + {max(0.0, found.hidden - max(found.products, found.memory)):.3f} of {found.hidden:.3f} hidden ones",
+        f"Predicted step: {found.step_seconds:.4g} s = max(products {found.products:.4g} at {EFFICIENCY:.0%} of peak"
+        f"{f' x {1 + found.bubble:.3f} for the pipeline' if found.bubble else ''}, memory {found.memory:.4g})"
+        f" + open transfers ICI {found.exposed_ici:.4g}, DCN {found.exposed_dcn:.4g}"
+        f" + {max(0.0, found.hidden - max(found.products, found.memory)):.4g} of {found.hidden:.4g} hidden ones",
         f"MFU {found.mfu:.1%}, {found.tokens_per_day:.4g} tokens a day, "
         f"{found.num_tokens / found.step_seconds / topology.num_chips:,.0f} tokens/s a chip",
     ]
     if tokens:
         lines.append(
-            f"{tokens:.4g} tokens: {days_for(tokens, found):,.1f} days, {chip_hours(tokens, found, topology):,.0f} chip-hours"
+            f"{tokens:.4g} tokens: {days_for(tokens, found):,.4g} days, {chip_hours(tokens, found, topology):,.4g} chip-hours"
         )
     return lines
 

@@ -62,7 +62,7 @@ def predict(compiled: Compiled) -> Prediction:
     """Returns the prediction for a compiled step."""
     chip = compiled.topology.chip
     times = [(item, item.count * seconds_of(item, compiled)) for item in compiled.collectives]
-    hidden = sum(seconds for item, seconds in times if item.overlapped)
+    hidden = math.fsum(seconds for item, seconds in times if item.overlapped)
     open_ones = [(item, seconds) for item, seconds in times if not item.overlapped]
     memory = compiled.memory
     gathered = sum(item.bytes * item.count for item in compiled.collectives if item.kind == "all-gather")
@@ -73,8 +73,8 @@ def predict(compiled: Compiled) -> Prediction:
         compiled.topology,
         compiled.axes["stage"],
         traffic / chip.hbm_bandwidth,
-        sum(seconds for item, seconds in open_ones if not item.crosses_slices),
-        sum(seconds for item, seconds in open_ones if item.crosses_slices),
+        math.fsum(seconds for item, seconds in open_ones if not item.crosses_slices),
+        math.fsum(seconds for item, seconds in open_ones if item.crosses_slices),
         hidden,
     )
 
