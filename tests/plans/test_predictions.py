@@ -31,7 +31,8 @@ def compiled(config: Config, *collectives: Collective, slices: int = 1, **memory
     topology = parse_topology("v5e:2x2", slices)
     places = [(s, x, y, 0) for s in range(slices) for x in range(2) for y in range(2)]
     axes = {"replica": slices, "stage": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
-    held = Memory(**{"parameters": 10**9, "optimizer_state": 2 * 10**9, "batch": 0, **memory})
+    sizes: dict[str, Any] = {"parameters": 10**9, "optimizer_state": 2 * 10**9, "batch": 0, **memory}
+    held = Memory(**sizes)
     return Compiled(config, topology, axes, held, True, 16 * 2**30, places, list(collectives))
 
 

@@ -51,7 +51,9 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         grid = np.asarray(devices).reshape(shape)
     else:
         # Orders the devices so that neighbours on the mesh are neighbours on the torus, and slices are apart in `replica`.
-        slices = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
+        slices = (
+            len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
+        )
         if shape[0] % slices:
             raise ConfigError(f"parallel.replica = {shape[0]}: must be a multiple of the {slices} slices of the pod")
         within, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))

@@ -42,9 +42,7 @@ _PCI = {"0x0063": "v5e", "0x0062": "v5p", "0x005e": "v4", "0x006f": "v6e"}
 """Device numbers of Google's chips, as JAX has them in `hardware_utils`."""
 
 
-def set_flags(
-    accelerator: Literal["gpu", "tpu"], environ: MutableMapping[str, str], chip: str | None = None
-) -> None:
+def set_flags(accelerator: Literal["gpu", "tpu"], environ: MutableMapping[str, str], chip: str | None = None) -> None:
     """Adds an accelerator's flags to the variable that its compiler reads; `chip`: which TPU, None: the one in here."""
     variable, flags = {"gpu": ("XLA_FLAGS", GPU), "tpu": ("LIBTPU_INIT_ARGS", TPU)}[accelerator]
     if accelerator == "tpu" and (chip or _tpu()) == "v5e":

@@ -99,7 +99,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     """Returns descriptions of a topology's devices. Raises ConfigError if libtpu does not know it."""
     from jax.experimental import topologies
 
-    slices = {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
+    slices: dict[str, Any] = {"num_slices": topology.num_slices} if topology.num_slices > 1 else {}
     if topology.num_chips // topology.num_slices < 4:
         slices["chips_per_host_bounds"] = (*topology.shape, 1)[:3]
     try:
@@ -139,7 +139,7 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
         name: jax.ShapeDtypeStruct((config.train.batch_size, length), dtype, sharding=rows)
         for name, (length, dtype) in objective_of(config).arrays(config).items()
     }
-    held = {
+    held: dict[str, Any] = {
         "parameters": bytes_on_device(state.params),
         "optimizer_state": bytes_on_device(state.opt_state),
         "batch": bytes_on_device(batch),
@@ -292,7 +292,8 @@ def extrapolated(few: Compiled, more: Compiled, periods: tuple[int, int], config
         return round(one + share * (two - one))
 
     names = [item.name for item in dataclasses.fields(Memory) if item.name != "largest"]
-    memory = Memory(**{name: beyond(getattr(few.memory, name), getattr(more.memory, name)) for name in names})
+    bytes_of: dict[str, Any] = {name: beyond(getattr(few.memory, name), getattr(more.memory, name)) for name in names}
+    memory = Memory(**bytes_of)
     grouped: dict[Any, list[int]] = {}
     samples: dict[Any, Collective] = {}
     for column, compiled in enumerate((few, more)):
