@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from transformer.cli import run
 from transformer.config import Config, ConfigError, replace
+from transformer.parallel import torus
 from transformer.plans import arithmetic, command, compilation, report, roofline, search
 from transformer.plans.chips import CHIPS, parse_topology, shapes
 from transformer.plans.collectives import Collective
@@ -240,3 +242,26 @@ def test_side_by_side(config: Config) -> None:
 def test_a_replica_for_each_slice(config: Config) -> None:
     assert command.on_slices(config, parse_topology("v5e:2x2", 4)).parallel.replica == 4
     assert command.on_slices(config, parse_topology("v5e:2x2")).parallel.replica == 1
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_slices_are_apart_in_the_first_axis(replicas: int) -> None:
+    """Whatever the order in which the runtime lists them."""
+    devices = [
+        types.SimpleNamespace(
+            id=4 * s + 2 * y + x,
+            process_index=s,
+            slice_index=s,
+            coords=(x, y, 0),
+            core_on_chip=0,
+            platform="tpu",
+            device_kind="TPU v5 lite",
+        )
+        for x in range(2)
+        for s in range(2)
+        for y in range(2)
+    ]
+    grid = torus.arranged((replicas, 1, 8 // replicas, 1, 1, 1), devices)
+    assert [{d.slice_index for d in row.flat} for row in grid] == [{n * 2 // replicas} for n in range(replicas)]
+    with pytest.raises(ConfigError, match="multiple of the 2 slices"):
+        torus.arranged((1, 1, 8, 1, 1, 1), devices)

@@ -4,16 +4,16 @@ The compiler (GSPMD, Xu et al. 2021, arXiv:2105.04663) inserts the collectives; 
 layout of every parameter and of a few activations.
 """
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.config import DATA_AXES, MESH_AXES, Config, ConfigError, mesh_axes, validate
+from transformer.config import DATA_AXES, MESH_AXES, Config, mesh_axes, validate
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # Activations.
@@ -50,15 +50,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(shape) == 1 or devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
     else:
-        # Orders the devices so that neighbours on the mesh are neighbours on the torus, and slices are apart in `replica`.
-        slices = (
-            len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
-        )
-        if shape[0] % slices:
-            raise ConfigError(f"parallel.replica = {shape[0]}: must be a multiple of the {slices} slices of the pod")
-        within, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
-        make: Any = mesh_utils.create_device_mesh if slices == 1 else mesh_utils.create_hybrid_device_mesh
-        grid = make(within, *(() if slices == 1 else (across,)), devices, allow_split_physical_axes=True)
+        grid = importlib.import_module("transformer.parallel.torus").arranged(shape, devices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

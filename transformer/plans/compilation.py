@@ -165,7 +165,7 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
     stacks = stacked_bytes(text, _stacks(state.params))
     found = compiled.memory_analysis()
     temporaries = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    known = {name: min(size, temporaries) for name, size in stacks.items()}
+    known: dict[str, Any] = {name: min(size, temporaries) for name, size in stacks.items()}
     memory = Memory(**held, **known, other=max(0, temporaries - sum(known.values())))
     collectives = collectives_of(text, MeshShape(axes, [place[0] for place in places]))
     fits = memory.total <= limit
