@@ -23,7 +23,7 @@ LAYERS = (
     ("models", "data", "parallel"),
     ("objectives", "optimizers", "checkpointing"),
     ("training", "inference"),
-    ("finetuning", "interpretability", "benchmarks", "studies"),
+    ("finetuning", "interpretability", "benchmarks", "plans", "studies"),
     ("cli",),
 )
 """Bottom first: a module imports its own layer and those below."""

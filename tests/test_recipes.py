@@ -1,5 +1,6 @@
 """Recipes of published models have the sizes that their docstrings tell."""
 
+import dataclasses
 import importlib
 import json
 
@@ -8,6 +9,8 @@ import pytest
 from transformer import cli
 from transformer.arguments import load_config
 from transformer.config import problems_of
+from transformer.models.parameters import num_parameters
+from transformer.models.transformer import Transformer
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,15 @@ def test_number_of_parameters(
     assert result["parameters"] == sum(result["parameters_by_module"].values()) == parameters
     rows = {array["name"]: array["shape"][:1] for array in result["arrays"]}["params/embedding"]
     assert rows == [{"bert_base": 30_592, "t5_base": 32_128, "llama_1b": 128_256}[name]]
+
+
+@pytest.mark.parametrize("name", ["llama2_7b", "llama3_8b", "llama3_70b", "llama3_405b", "deepseek_v3_like"])
+def test_number_of_parameters_of_large_models(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    assert problems_of(config) == [] and load_config(name)[0] == config
+    model = Transformer(dataclasses.replace(config.model, scan_layers=True))
+    assert f"{num_parameters(model):,} parameters" in " ".join(str(module.__doc__).split())
 
 
 def test_a_vocabulary_that_is_given_has_room_for_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from transformer.benchmarks.measure import check_destination
 from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, place, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
+from transformer.plans.command import PlanOptions
 from transformer.studies import STUDIES
 
 
@@ -232,6 +233,10 @@ def _open(workdir: str, config: Config) -> tuple[Any, Config, Any]:
     return run, config, make_mesh(config)
 
 
+def plan(options: PlanOptions) -> int:
+    return sys.modules[PlanOptions.__module__].run(options)
+
+
 def describe(options: DescribeOptions) -> int:
     result = describe_config(options.config)
     if options.as_json:
@@ -357,6 +362,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "benchmark": (BenchmarkOptions, f"what machine and configuration can do: {', '.join(BENCHMARKS)}"),
+    "plan": (PlanOptions, "memory, collectives and time of the step on a pod that is not here"),
     "describe": (DescribeOptions, "parameters, FLOPs, sharding and bytes of a configuration"),
     "implementations": (ImplementationsOptions, "what each implementation of attention can compute"),
 }

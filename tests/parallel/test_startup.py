@@ -149,11 +149,20 @@ def test_each_accelerator_has_its_flags(accelerator: Any, variable: str, monkeyp
     monkeypatch.setenv("JAX_PLATFORMS", "")
     assert startup._accelerator() == accelerator
     environ = {variable: "--mine=1"}
-    set_flags(accelerator, environ)
+    set_flags(accelerator, environ, "v5e")
     assert environ.keys() == {variable} and environ[variable].endswith(" --mine=1")
     assert len(environ[variable].split()) > 5
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert startup._accelerator() is None
+
+
+def test_only_a_v5e_fuses_collectives() -> None:
+    """libtpu refuses to compile for any other chip with these flags."""
+    environ = {chip: {} for chip in ("v5e", "v5p", "v6e")}
+    for chip, variables in environ.items():
+        set_flags("tpu", variables, chip)
+    fuses = {chip: "async_collective_fusion" in found["LIBTPU_INIT_ARGS"] for chip, found in environ.items()}
+    assert fuses == {"v5e": True, "v5p": False, "v6e": False}
 
 
 def test_this_release_knows_the_flags() -> None:

@@ -15,27 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from transformer.benchmarks.hlo import Instruction, array_types, attribute, bits_and_dims, callees, parse, tuple_types
+
 NO_PATH = -math.inf
 
 Table = Float[np.ndarray, "I O"]
 """Products on the longest path from each input to each output of a computation; the first of both is the start of a path."""
 
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _PRODUCTS = ("dot", "convolution", "ragged-dot")
 _LIBRARY_PRODUCT = re.compile(r'custom_call_target="[^"]*(gemm|matmul|dot)[^"]*"', re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A line of a computation."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    """Names; of a parameter, its number."""
-    attributes: str
 
 
 def longest_chain(hlo: str) -> int:
@@ -43,7 +31,7 @@ def longest_chain(hlo: str) -> int:
 
     Raises ValueError for a loop with products of which XLA does not know how often it turns.
     """
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
     return int(max(0, np.max(_Program(computations).table(entry))))
 
 
@@ -68,7 +56,7 @@ def work_of_products(hlo: str) -> Work:
     Raises ValueError for a loop with products of which XLA does not know how often it turns, or a product that it does not
     describe.
     """
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
     return _Program(computations).work(entry)
 
 
@@ -88,11 +76,11 @@ class _Program:
 
     def _work(self, instruction: Instruction, types: dict[str, str]) -> Work:
         if instruction.opcode == "while":
-            body = self.work(_attribute(instruction, "body") or "")
+            body = self.work(attribute(instruction, "body") or "")
             return body.times(_turns(instruction, has_products=body.flops > 0) or 0)
         if _is_product(instruction):
             return _work_of_product(instruction, types)
-        called = [name for name in _called(instruction) if name in self.computations]
+        called = [name for name in callees(instruction) if name in self.computations]
         return max((self.work(name) for name in called), key=lambda work: work.flops, default=Work())
 
     def table(self, name: str) -> Table:
@@ -103,7 +91,7 @@ class _Program:
 
     def _table(self, instructions: list[Instruction]) -> Table:
         parameters = sorted((i for i in instructions if i.opcode == "parameter"), key=lambda i: int(i.operands[0]))
-        sizes = [len(_leaves(i.type)) for i in parameters]
+        sizes = [len(array_types(i.type)) for i in parameters]
         num_inputs = 1 + sum(sizes)
         # Of each array of each instruction: the longest path to it from each input.
         paths: dict[str, np.ndarray] = {}
@@ -128,12 +116,12 @@ class _Program:
         if instruction.opcode == "tuple":
             return whole[:, 1:]
         if instruction.opcode == "get-tuple-element":
-            index = int(_attribute(instruction, "index") or 0)
-            sizes = [len(_leaves(part)) for part in _parts(types[instruction.operands[0]])]
+            index = int(attribute(instruction, "index") or 0)
+            sizes = [len(array_types(part)) for part in tuple_types(types[instruction.operands[0]])]
             return given[0][:, sum(sizes[:index]) : sum(sizes[: index + 1])]
         if instruction.opcode == "while":
             return _through(whole, self._loop(instruction))[:, 1:]
-        called = _called(instruction)
+        called = callees(instruction)
         if instruction.opcode == "conditional":
             found = [
                 _through(np.concatenate([start, argument], axis=1), self.table(name))
@@ -144,10 +132,10 @@ class _Program:
         if called and called[0] in self.computations:
             return _through(whole, self.table(called[0]))[:, 1:]
         longest = np.max(whole, axis=1, keepdims=True)
-        return np.repeat(longest + _is_product(instruction), len(_leaves(instruction.type)), axis=1)
+        return np.repeat(longest + _is_product(instruction), len(array_types(instruction.type)), axis=1)
 
     def _loop(self, instruction: Instruction) -> Table:
-        body = self.table(_attribute(instruction, "body") or "")
+        body = self.table(attribute(instruction, "body") or "")
         turns = _turns(instruction, has_products=bool(np.max(body) > 0))
         if turns is None:
             # Without products a path is one or none, and any there is shows within as many turns as there are arrays.
@@ -164,17 +152,6 @@ def _is_product(instruction: Instruction) -> bool:
     return instruction.opcode in _PRODUCTS or bool(_LIBRARY_PRODUCT.search(instruction.attributes))
 
 
-def _called(instruction: Instruction) -> list[str]:
-    """Returns the computations that an instruction passes its operands to; of a conditional its branches."""
-    if instruction.opcode == "conditional":
-        names = re.findall(r"%?([\w.\-]+)", _braces(instruction.attributes, "branch_computations"))
-        return names + [n for key in ("true_computation", "false_computation") if (n := _attribute(instruction, key))]
-    name = _attribute(instruction, "calls") or (
-        _attribute(instruction, "to_apply") if instruction.opcode == "call" else None
-    )
-    return [] if name is None else [name]
-
-
 def _turns(instruction: Instruction, has_products: bool) -> int | None:
     """Returns how often a loop turns, None where that is not known; raises ValueError if it has products."""
     turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
@@ -185,22 +162,14 @@ def _turns(instruction: Instruction, has_products: bool) -> int | None:
 
 def _work_of_product(instruction: Instruction, types: dict[str, str]) -> Work:
     """Returns the work of one product from the shapes of its operands and what it contracts."""
-    given = [_shape(_leaves(types[name])[0]) for name in instruction.operands[:2]]
-    result = _shape(_leaves(instruction.type)[0])
+    given = [bits_and_dims(array_types(types[name])[0]) for name in instruction.operands[:2]]
+    result = bits_and_dims(array_types(instruction.type)[0])
     found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.attributes)
     if found is None:
         raise ValueError(f"what the product {instruction.name} contracts is not known")
     contracted = math.prod(given[0][1][int(dim)] for dim in found.group(1).replace('"', "").split(",") if dim)
     moved = sum(bits * math.prod(shape) for bits, shape in (*given, result)) // 8
     return Work(2 * contracted * math.prod(result[1]), moved)
-
-
-def _shape(kind: str) -> tuple[int, tuple[int, ...]]:
-    """Returns the bits of an element and the shape of a type, such as `f32[4,8]{1,0}`."""
-    found = re.match(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", kind)
-    assert found is not None, kind
-    bits = 8 if found.group(1) == "pred" else int(found.group(2))
-    return bits, tuple(int(size) for size in found.group(3).split(",") if size)
 
 
 def _start(num_inputs: int) -> np.ndarray:
@@ -218,80 +187,3 @@ def _through(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _identity(size: int) -> Table:
     return np.where(np.eye(size, dtype=bool), 0.0, NO_PATH)
-
-
-def _parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Returns the computations, each with its result last, and the name of the one that is the program."""
-    computations: dict[str, list[Instruction]] = {}
-    entry, current, root = "", "", None
-    for line in hlo.splitlines():
-        if head := _HEAD.match(line):
-            current, root = head.group(2), None
-            computations[current] = []
-            entry = current if head.group(1) else entry
-        elif line.startswith("}"):
-            if root is not None:
-                computations[current].append(Instruction("ROOT", root.type, "tuple", (root.name,), ""))
-        elif match := _INSTRUCTION.match(line):
-            instruction = _instruction(match.group(2), match.group(3))
-            computations[current].append(instruction)
-            root = instruction if match.group(1) else root
-    return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    type_end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    kind, rest = text[:type_end], text[type_end:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    end = _closing(rest, len(opcode))
-    inside = rest[len(opcode) + 1 : end]
-    if opcode == "parameter":
-        operands = (inside.strip(),)
-    elif opcode == "constant":
-        operands = ()
-    else:
-        operands = tuple(part.split()[-1].lstrip("%") for part in _split(inside) if part.strip())
-    return Instruction(name, kind, opcode, operands, rest[end + 1 :])
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns where the bracket at `start` is closed."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] in "([{") - (text[place] in ")]}")
-        if not depth:
-            return place
-    raise ValueError(f"a bracket is not closed in {text!r}")
-
-
-def _split(text: str) -> list[str]:
-    """Splits at commas outside of brackets."""
-    parts, depth, last = [], 0, 0
-    for place, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and not depth:
-            parts.append(text[last:place])
-            last = place + 1
-    return [*parts, text[last:]]
-
-
-def _parts(kind: str) -> list[str]:
-    """Returns the types in a tuple's type."""
-    text = kind.strip()
-    return [part.strip() for part in _split(text[1 : _closing(text, 0)]) if part.strip()]
-
-
-def _leaves(kind: str) -> list[str]:
-    """Returns the types of the arrays in a type."""
-    kind = re.sub(r"/\*.*?\*/", "", kind).strip()
-    return [leaf for part in _parts(kind) for leaf in _leaves(part)] if kind.startswith("(") else [kind]
-
-
-def _attribute(instruction: Instruction, name: str) -> str | None:
-    found = re.search(rf"[ ,]{name}=%?([\w.\-]+)", instruction.attributes)
-    return None if found is None else found.group(1)
-
-
-def _braces(text: str, name: str) -> str:
-    found = re.search(rf"{name}=\{{([^}}]*)\}}", text)
-    return "" if found is None else found.group(1)

@@ -75,20 +75,7 @@ class Program:
 
     @property
     def recomputed_flops(self) -> float:
-        """FLOPs of a step that rematerialisation adds to the model's own: all of the forward pass, or its attention; and
-        the logits, where they are computed in chunks."""
-        config = self.config
-        length = config.data.sequence_length
-        parts = flops.forward_flops(config.model, length, source_length(config))
-        parts.pop("attention_scores")
-        layers = {name: count for name, count in parts.items() if name != "logits"}
-        named = {"attention_projections": {"heads", "mixer_output"}, "feedforward": {"feedforward_hidden"}}
-        kept = set() if config.model.remat == "full" else named.keys()
-        if config.model.remat in ("names", "offload"):
-            kept = {part for part, names in named.items() if names <= set(config.model.remat_names)}
-        again = () if config.model.remat == "none" else tuple(name for name in layers if name not in kept)
-        logits = parts["logits"] if 0 < config.objective.logit_chunk < length else 0
-        return float(config.train.batch_size * (logits + sum(layers[name] for name in again)))
+        return recomputed_flops(self.config)
 
     @property
     def memory(self) -> dict[str, int]:
@@ -97,6 +84,22 @@ class Program:
         arguments, temporary = found.argument_size_in_bytes, found.temp_size_in_bytes
         outputs = found.output_size_in_bytes - found.alias_size_in_bytes
         return {"arguments": arguments, "temporaries": temporary, "peak": arguments + temporary + outputs}
+
+
+def recomputed_flops(config: Config) -> float:
+    """Returns the FLOPs of a step that rematerialisation adds to the model's own: all of the forward pass, or its attention;
+    and the logits, where they are computed in chunks."""
+    length = config.data.sequence_length
+    parts = flops.forward_flops(config.model, length, source_length(config))
+    parts.pop("attention_scores")
+    layers = {name: count for name, count in parts.items() if name != "logits"}
+    named = {"attention_projections": {"heads", "mixer_output"}, "feedforward": {"feedforward_hidden"}}
+    kept = set() if config.model.remat == "full" else named.keys()
+    if config.model.remat in ("names", "offload"):
+        kept = {part for part, names in named.items() if names <= set(config.model.remat_names)}
+    again = () if config.model.remat == "none" else tuple(name for name in layers if name not in kept)
+    logits = parts["logits"] if 0 < config.objective.logit_chunk < length else 0
+    return float(config.train.batch_size * (logits + sum(layers[name] for name in again)))
 
 
 def make_program(config: Config) -> Program:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import DATA_AXES, MESH_AXES, Config, mesh_axes, validate
@@ -68,8 +67,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(shape) == 1 or devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(shape)
     else:
-        # Orders the devices so that neighbours on the mesh are neighbours on the torus.
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grid = importlib.import_module("transformer.parallel.torus").arranged(shape, devices)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

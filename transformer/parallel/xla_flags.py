@@ -4,6 +4,7 @@ They are read when JAX first touches a device, and decide nothing about results 
 """
 
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Literal
 
 GPU = {
@@ -20,23 +21,39 @@ GPU = {
 """For `XLA_FLAGS`."""
 
 TPU = {
-    # Collectives run in steps beside the products around them, those that gather parameters included.
+    # Gradients that are summed over data-parallel devices are summed behind the backward pass, of whatever size.
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+"""For `LIBTPU_INIT_ARGS`, whatever the chip."""
+
+TPU_V5E = {
+    # Collectives run in steps beside the products around them, those that gather parameters included. libtpu compiles
+    # nothing for other chips with these: they have other means, which it uses without being told.
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
-    # Gradients that are summed over data-parallel devices are summed behind the backward pass, of whatever size.
-    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
-    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-"""For `LIBTPU_INIT_ARGS`."""
+"""The same, for a TPU v5e besides."""
+
+_PCI = {"0x0063": "v5e", "0x0062": "v5p", "0x005e": "v4", "0x006f": "v6e"}
+"""Device numbers of Google's chips, as JAX has them in `hardware_utils`."""
 
 
-def set_flags(accelerator: Literal["gpu", "tpu"], environ: MutableMapping[str, str]) -> None:
-    """Adds an accelerator's flags to the variable that its compiler reads."""
+def set_flags(accelerator: Literal["gpu", "tpu"], environ: MutableMapping[str, str], chip: str | None = None) -> None:
+    """Adds an accelerator's flags to the variable that its compiler reads; `chip`: which TPU, None: the one in here."""
     variable, flags = {"gpu": ("XLA_FLAGS", GPU), "tpu": ("LIBTPU_INIT_ARGS", TPU)}[accelerator]
+    if accelerator == "tpu" and (chip or _tpu()) == "v5e":
+        flags = flags | TPU_V5E
     environ[variable] = merged(flags, environ.get(variable, ""))
+
+
+def _tpu() -> str | None:
+    """Returns the name of the TPU in this machine, None if there is none that is known."""
+    found = (_PCI.get(file.read_text().strip()) for file in Path("/sys/bus/pci/devices").glob("*/device"))
+    return next((name for name in found if name), None)
 
 
 def merged(flags: Mapping[str, str], given: str) -> str:

@@ -1,0 +1,127 @@
+"""The splits, microbatches and rematerialisation that suit a model and a topology: all by arithmetic, the best compiled."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformer.config import MESH_AXES, Config, mesh_axes, problems_of, replace
+from transformer.config.validation import mesh_problems
+from transformer.plans.arithmetic import Estimate, estimate
+from transformer.plans.chips import Topology
+from transformer.plans.compilation import Compiled, axes_text, compile_for
+from transformer.plans.roofline import Prediction, predict
+
+REMAT = ("none", "dots", "full")
+MOST_MICROBATCHES = 64
+WIDEST_TENSOR = 16
+"""Beyond this the sums of a layer over the axis take longer than its products on every chip that there is."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting that was weighed, and what became of it."""
+
+    estimate: Estimate
+    verdict: str
+    """Why it lost; empty for one that was compiled."""
+    compiled: Compiled | None = None
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    ranked: list[Candidate]
+    """Compiled and fitting, the fastest first."""
+    lost: list[Candidate]
+    refused: Counter[str]
+    """Settings that `train` would refuse, by reason."""
+
+
+def settings(config: Config, topology: Topology, axes: Sequence[str] = MESH_AXES) -> Iterator[Config]:
+    """Yields every split over `axes` whose product is the number of chips, with every number of microbatches that divides the
+    batch and every `remat`; `replica` is a multiple of the slices, which nothing else crosses."""
+    for sizes in _splits(topology.num_chips, axes):
+        split = dict.fromkeys(MESH_AXES, 1) | sizes
+        if split["replica"] % topology.num_slices or split["tensor"] > WIDEST_TENSOR:
+            continue
+        parts = 1
+        while parts <= MOST_MICROBATCHES and config.train.batch_size % parts == 0:
+            for remat in REMAT:
+                yield replace(config, parallel=split, train={"num_microbatches": parts}, model={"remat": remat})
+            parts *= 2
+
+
+def _splits(count: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+    if len(axes) == 1:
+        yield {axes[0]: count}
+        return
+    for size in (size for size in range(1, count + 1) if count % size == 0):
+        for rest in _splits(count // size, axes[1:]):
+            yield {axes[0]: size, **rest}
+
+
+def search(
+    config: Config,
+    topology: Topology,
+    num_compiled: int = 3,
+    axes: Sequence[str] = MESH_AXES,
+    num_periods: int | None = None,
+) -> Found:
+    """Returns the fastest settings: `num_compiled` of those that arithmetic says are fast and fit, compiled and ranked.
+
+    One that does not fit after all is replaced by the next.
+    """
+    refused: Counter[str] = Counter()
+    sound: list[Estimate] = []
+    for candidate in settings(config, topology, axes):
+        problems = [*problems_of(candidate, topology.chip.platform), *mesh_problems(candidate, topology.num_chips)]
+        if problems:
+            refused[_reason(problems[0])] += 1
+        else:
+            sound.append(estimate(candidate, topology))
+    sound.sort(key=lambda item: (item.seconds.step_seconds, item.bytes))
+    lost = [Candidate(item, _too_large(item)) for item in sound if item.bytes > topology.chip.hbm_bytes]
+    fitting = [item for item in sound if item.bytes <= topology.chip.hbm_bytes]
+    ranked: list[Candidate] = []
+    for number, item in enumerate(fitting):
+        if len(ranked) == num_compiled:
+            best = min(found.estimate.seconds.step_seconds for found in ranked)
+            for other in fitting[number:]:
+                slower = other.seconds.step_seconds / best
+                lost.append(Candidate(other, f"{slower:.2f} times as long by arithmetic: {other.slowest}"))
+            break
+        compiled = compile_for(item.config, topology, num_periods)
+        if compiled.fits:
+            ranked.append(Candidate(item, "", compiled, predict(compiled)))
+        else:
+            needed = f"{compiled.memory.total / 2**30:.1f} GiB of {compiled.hbm_bytes / 2**30:.1f}"
+            lost.append(Candidate(item, f"does not fit once compiled: {needed}", compiled))
+    ranked.sort(key=lambda item: item.prediction.step_seconds if item.prediction else 0.0)
+    return Found(ranked, lost, refused)
+
+
+def _too_large(item: Estimate) -> str:
+    return f"{item.bytes / 2**30:.1f} GiB of {item.topology.chip.hbm_bytes / 2**30:.1f} by arithmetic"
+
+
+def _reason(problem: str) -> str:
+    """Returns a problem without its numbers, so that equal ones are counted together."""
+    return re.sub(r"\d[\d,.]*", "N", problem)
+
+
+def setting_text(config: Config, topology: Topology) -> str:
+    """Returns a setting in words."""
+    parts, remat = config.train.num_microbatches, config.model.remat
+    return f"{axes_text(mesh_axes(config, topology.num_chips))}, {parts} microbatches, remat {remat}"
+
+
+def flags_of(config: Config, topology: Topology) -> str:
+    """Returns a setting as it is given to `train`."""
+    axes = mesh_axes(config, topology.num_chips)
+    split = [f"--parallel.{axis} {size}" for axis, size in axes.items() if size > 1 or axis == "fsdp"]
+    return " ".join(
+        [*split, f"--train.num-microbatches {config.train.num_microbatches}", f"--model.remat {config.model.remat}"]
+    )
