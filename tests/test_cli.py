@@ -306,7 +306,8 @@ def test_a_mesh_that_does_not_divide_the_devices(command: Command, place: Path, 
     """It is told before the data is looked for."""
     flags = ["--parallel.cpu-devices", "8", "--parallel.tensor", "3", "--data.path", "nowhere.txt"]
     assert errors(command("train.py", "--config", "tiny.json", "--workdir", str(tmp_path / "run"), *flags)) == [
-        "parallel.replica = 1 x parallel.fsdp = -1 x parallel.tensor = 3 does not divide the 8 devices at hand"
+        "parallel.replica = 1 x parallel.stage = 1 x parallel.fsdp = -1 x parallel.expert = 1 x parallel.context = 1 x "
+        "parallel.tensor = 3 does not divide the 8 devices at hand"
     ]
     assert not (tmp_path / "run").exists()
 
@@ -352,7 +353,7 @@ def test_describe_a_run(command: Command, trained: Path) -> None:
     total = 260 * 32 + 12 * 32**2 + 3 * 32
     assert (
         lines[0]
-        == f"{total:,} parameters, on a mesh of replica 1 x fsdp 1 x expert 1 x context 1 x tensor 2 x stage 1".split()
+        == f"{total:,} parameters, on a mesh of replica 1 x stage 1 x fsdp 1 x expert 1 x context 1 x tensor 2".split()
     )
     assert ["embedding", f"{260 * 32:,}"] in lines
     # Rows that only pad the table are held, and not counted; tensor parallelism halves them.

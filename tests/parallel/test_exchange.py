@@ -33,8 +33,9 @@ def test_rows_arrive_in_order_and_come_back(counts: np.ndarray) -> None:
     rows = np.random.default_rng(0).normal(size=(SIZE, ROWS, WIDTH)).astype(np.float32)
 
     def there_and_back(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        received = send(rows[0], jnp.asarray(counts), "there")
-        return received[None], send_back(received, jnp.asarray(counts), "there")[None]
+        received: Any = send(rows[0], jnp.asarray(counts), "there")
+        back: Any = send_back(received, jnp.asarray(counts), "there")
+        return received[None], back[None]
 
     received, back = over_devices(there_and_back, 2)(rows)
     expected, returned = np.zeros((SIZE, SIZE, ROWS, WIDTH)), np.zeros((SIZE, ROWS, WIDTH))
@@ -58,7 +59,7 @@ def test_each_way_is_the_other_ones_gradient(counts: np.ndarray) -> None:
 
     def both(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
         sent, of_x = jax.vjp(away, x[0])
-        back, of_y = jax.vjp(lambda y: send_back(y, numbers, "there"), y[0])
+        back, of_y = jax.vjp(partial(send_back, counts=numbers, axis="there"), y[0])
         return sent[None], of_x(y[0])[0][None], back[None], of_y(x[0])[0][None]
 
     sent, of_x, back, of_y = over_devices(both, 4)(x, y)

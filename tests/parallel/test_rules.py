@@ -61,7 +61,8 @@ def test_all_mistakes_in_rules_are_told_at_once() -> None:
     assert len(caught.value.problems) == len(starts)
     for problem, start in zip(caught.value.problems, starts, strict=True):
         assert problem.startswith(start)
-    assert "did you mean mlp?" in caught.value.problems[0] and "did you mean tensor?" in caught.value.problems[2]
+    told = list(caught.value.problems)
+    assert "did you mean mlp?" in told[0] and "did you mean tensor?" in told[2]
 
 
 def test_two_dimensions_of_an_array_on_one_axis_are_an_error_with_names() -> None:

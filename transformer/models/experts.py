@@ -4,6 +4,7 @@ arXiv:1701.06538)."""
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,11 +156,12 @@ def on_other_devices(
         counts = jax.lax.all_gather(sizes, axis).reshape(size, size, -1)  # from, to, expert there
         between = jnp.sum(counts, axis=2)
         rows = dispatch(given[0][None], source, target)[0]
-        received = send(rows, between, axis)
+        received: Any = send(rows, between, axis)
         ends = jnp.cumsum(counts[:, here], axis=1)
         chosen = jnp.sum(jnp.arange(len(rows))[None, :, None] >= ends[:, None], axis=2)
         made = by_group(config, weights, received.reshape(-1, x.shape[1]), chosen.reshape(-1, 1))
-        return collect(send_back(made.reshape(received.shape), between, axis)[None], source, target)[0]
+        back: Any = send_back(made.reshape(received.shape), between, axis)
+        return collect(back[None], source, target)[0]
 
     pieces = math.gcd(config.expert_pieces, len(x))
     if pieces == 1:

@@ -32,7 +32,7 @@ def split(layout: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """
     sizes = layout.mesh.shape
     entries = [entry or () for entry in (*layout.spec, *[None] * (len(shape) - len(layout.spec)))]
-    axes = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
+    axes: list[tuple[str, ...]] = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
     pieces = [dim // math.prod(sizes[axis] for axis in held) for dim, held in zip(shape, axes, strict=True)]
     fitting = [dim for dim, piece in enumerate(pieces) if piece % sizes[AXIS] == 0]
     if sizes[AXIS] == 1 or not fitting or any(AXIS in held for held in axes):
