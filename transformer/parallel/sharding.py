@@ -20,6 +20,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "batch": DATA_AXES,
     "length": ("context",),
     "hidden": (),
+    "whole": (),
     # Parameters: `fsdp` splits what `tensor` leaves whole, so that every large array is split by both.
     "vocab": ("tensor",),
     "embed": ("fsdp",),
