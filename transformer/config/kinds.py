@@ -108,3 +108,20 @@ def eight_bit_problems(model: ModelConfig) -> Iterator[str]:
     if importlib.util.find_spec("qwix") is None:
         wanted = f"model.matrix_products = {model.matrix_products!r}"
         yield f"{wanted} needs the package qwix (pip install 'transformer[quantization]')"
+
+
+def averaging_problems(config: Config) -> Iterator[str]:
+    """Yields a sentence for each mistake about averages of the weights that an optimizer keeps."""
+    optimizer, name = config.optimizer, f"optimizer.name = {config.optimizer.name!r}"
+    if config.parallel.offload_optimizer and (optimizer.ema_decay or optimizer.name == "schedule_free"):
+        average = name if optimizer.name == "schedule_free" else f"optimizer.ema_decay = {optimizer.ema_decay}"
+        yield f"parallel.offload_optimizer = True: {average} keeps an average that is evaluated on the devices"
+    if optimizer.name != "schedule_free":
+        return
+    if optimizer.schedule != "constant":
+        wanted = "averages in the place of a schedule: it needs 'constant'"
+        yield f"optimizer.schedule = {optimizer.schedule!r}: {name} {wanted}"
+    if optimizer.beta1 == 0:
+        yield f"optimizer.beta1 = {optimizer.beta1}: {name} needs more than 0"
+    if optimizer.ema_decay:
+        yield f"optimizer.ema_decay = {optimizer.ema_decay}: {name} averages the weights already; leave it at 0"

@@ -280,18 +280,8 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
     optimizer, name = config.optimizer, f"optimizer.name = {config.optimizer.name!r}"
     if optimizer.name == "sgd" and config.model.parametrization == "mup":
         yield f"{name} has no learning rates that follow the width: model.parametrization = 'mup' needs another"
-    if config.parallel.offload_optimizer and (optimizer.ema_decay or optimizer.name == "schedule_free"):
-        average = name if optimizer.name == "schedule_free" else f"optimizer.ema_decay = {optimizer.ema_decay}"
-        yield f"parallel.offload_optimizer = True: {average} keeps an average that is evaluated on the devices"
-    if optimizer.name != "schedule_free":
-        return
-    if optimizer.schedule != "constant":
-        wanted = "averages in the place of a schedule: it needs 'constant'"
-        yield f"optimizer.schedule = {optimizer.schedule!r}: {name} {wanted}"
-    if optimizer.beta1 == 0:
-        yield f"optimizer.beta1 = {optimizer.beta1}: {name} needs more than 0"
-    if optimizer.ema_decay:
-        yield f"optimizer.ema_decay = {optimizer.ema_decay}: {name} averages the weights already; leave it at 0"
+    if optimizer.name == "schedule_free" or config.parallel.offload_optimizer:
+        yield from importlib.import_module("transformer.config.kinds").averaging_problems(config)
 
 
 def mesh_problems(config: Config, num_devices: int) -> list[str]:
