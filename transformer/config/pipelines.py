@@ -1,11 +1,11 @@
-"""What cannot be a pipeline; loaded when a configuration asks for stages."""
+"""What a pipeline cannot be: layers, microbatches and rounds that its stages do not divide. Loaded for a mesh with stages."""
 
 from collections.abc import Iterator
 
 from transformer.config.schema import Config
 
 
-def stage_problems(config: Config) -> Iterator[str]:
+def problems_of_stages(config: Config) -> Iterator[str]:
     """Yields a sentence for each mistake in a pipeline: its layers, its microbatches and its rounds."""
     model, parallel, parts = config.model, config.parallel, config.train.num_microbatches
     stages, rounds = f"parallel.stage = {parallel.stage}", f"parallel.rounds = {parallel.rounds}"

@@ -230,7 +230,7 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"optimizer.schedule = 'wsd': {parts}"
     yield from _optimizer_problems(config)
     if parallel.stage != 1 or parallel.rounds != 1:
-        yield from importlib.import_module("transformer.config.pipelines").stage_problems(config)
+        yield from importlib.import_module("transformer.config.pipelines").problems_of_stages(config)
     if train.batch_warmup_steps > max(0, train.num_steps):
         yield f"train.batch_warmup_steps = {train.batch_warmup_steps} is longer than {total}"
     elif train.batch_warmup_steps and train.num_microbatches == 1:

@@ -160,7 +160,8 @@ class Stack(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None, Auxiliary]:
         context = dataclasses.replace(context, bias=None if self.bias is None else self.bias())
         x, cache, auxiliary = self.run(parameter_specs(self.layers), x, context, cache, key)
-        return self.end(x), cache, auxiliary
+        with jax.named_scope("final_norm"):
+            return x if self.final_norm is None else self.final_norm(x), cache, auxiliary
 
     def run(
         self, stacked: Tree, x: Array, context: Context, cache: Cache | None, key: PRNGKeyArray | None, first: Any = 0
@@ -188,11 +189,6 @@ class Stack(nnx.Module):
                 x, cache, found = run(parameters, x, context, cache, jnp.int32(first + layer), key)
                 auxiliary = add_auxiliary(auxiliary, found)
         return x, cache, auxiliary
-
-    def end(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns what the norm at the end makes of the last layer's output."""
-        with jax.named_scope("final_norm"):
-            return x if self.final_norm is None else self.final_norm(x)
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
         """Returns what all layers remember, with a leading dimension for those of one kind."""

@@ -54,10 +54,11 @@ class Seam:
         self.stack, self.causal, self._made = stack, stack.causal, made
 
     def __call__(self, x: Array, context: Any, cache: None, key: Any) -> tuple[Array, None, Auxiliary]:
-        bias = self.stack.bias
+        bias, norm = self.stack.bias, self.stack.final_norm
         self.x, self.key = x, key
         self.context = dataclasses.replace(context, bias=None if bias is None else bias())
-        return (x if self._made is None else self.stack.end(self._made)), None, {}
+        made = x if self._made is None else self._made if norm is None else norm(self._made)
+        return made, None, {}
 
 
 class Given(NamedTuple):

@@ -1,4 +1,4 @@
-"""What cannot be split over stages: one sentence, before anything is compiled."""
+"""What cannot be a pipeline: one sentence, before anything is compiled."""
 
 from typing import Any
 
