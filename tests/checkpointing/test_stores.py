@@ -19,7 +19,7 @@ import pytest
 from running import ROOT, TIMES
 
 from transformer.checkpointing.places import Spool
-from transformer.config import Config, ConfigError, place
+from transformer.config import Config, ConfigError, place, replace, to_json
 
 Make = Callable[..., Config]
 
@@ -212,3 +212,28 @@ def test_a_killed_run_goes_on_in_a_store(
     assert set(local["files"]) - set(stored["files"]) <= {".lock"} and ".lock" not in stored["files"]
     assert measured == measured_locally
     assert len(list((tmp_path / "tmp").glob("transformer-*"))) == 1, "only what was killed leaves its local copy"
+
+
+@pytest.mark.slow
+def test_published_data_trains_without_the_text(
+    server: Server, make_run: Make, start_training: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    config = make_run(train={"num_steps": 4}, evaluation={"sample_tokens": 0})
+    url = f"{server.bucket}/corpus"
+    (tmp_path / "recipe.json").write_text(to_json(config))
+    program = "import sys; from transformer.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = ["prepare", "--config", str(tmp_path / "recipe.json"), "--publish", url]
+    environ = server.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program, *command], env=os.environ | environ, check=True, timeout=600)
+    assert start_training(config, tmp_path / "local").wait(600) == 0
+
+    (tmp_path / "corpus.jsonl").unlink()
+    reads = replace(config, data={"prepared": url, "cache_dir": str(tmp_path / "pod")})
+    process = start_training(reads, tmp_path / "reads", **server.environ)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    how = f"read in {url}" if url.startswith("gs://") else f"copied from {url} to {tmp_path / 'pod'}"
+    assert f"MiB of tokens, {how}" in output
+    assert bool(list((tmp_path / "pod").rglob("*.array_record"))) == url.startswith("s3://")
+    read, local = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("reads", "local"))
+    assert lines(read) == lines(local)
