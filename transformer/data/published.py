@@ -36,8 +36,10 @@ READING = (
 )
 """Keys of `data` that say how a run reads what is prepared; `lengths` are checked by what the shards hold."""
 
-NAMES = ("source", "path", "source_path", "target_path", "validation_source_path", "validation_target_path")
-NAMES = (*NAMES, "tokenizer_path")
+NAMES = (
+    *("source", "path", "source_path", "target_path", "validation_source_path", "validation_target_path"),
+    "tokenizer_path",
+)
 """Keys that name files of the machine that prepared."""
 
 CONNECTIONS, BLOCK = 8, 2**22
