@@ -194,9 +194,9 @@ def test_what_decides_the_shards_decides_the_fingerprint(make_config: MakeConfig
     documents = [random_text(seed, 20) for seed in range(30)]
     config = make_config(documents)
     first = prepare(config, False)
-    written = contents(first.sources[0].train.directory.parent)
+    written = contents(Path(first.sources[0].train.directory.parent))
     assert prepare(config, False).fingerprint == first.fingerprint
-    assert contents(first.sources[0].train.directory.parent) == written
+    assert contents(Path(first.sources[0].train.directory.parent)) == written
     found = {first.fingerprint}
     for changes in (
         {"sequence_length": 17},

@@ -36,8 +36,10 @@ READING = (
 )
 """Keys of `data` that say how a run reads what is prepared; `lengths` are checked by what the shards hold."""
 
-NAMES = ("source", "path", "source_path", "target_path", "validation_source_path", "validation_target_path")
-NAMES = (*NAMES, "tokenizer_path")
+NAMES = (
+    *("source", "path", "source_path", "target_path", "validation_source_path", "validation_target_path"),
+    "tokenizer_path",
+)
 """Keys that name files of the machine that prepared."""
 
 CONNECTIONS, BLOCK = 8, 2**22
@@ -82,30 +84,19 @@ def fetch(config: Config, say: Callable[[str], None]) -> tuple[str, str, list[st
             raise ConfigError(f"data.prepared = {name!r}: there is no {INDEX}; {advice}") from error
         if problems := list(_contradictions(config, index)):
             raise ConfigError(problems)
-        local = isinstance(root, Path)
-        copies = (
-            not local and not name.startswith("gs://")
-            if config.data.copy_prepared is None
-            else config.data.copy_prepared
-        )
-        if not local and not copies and not name.startswith("gs://"):
+        in_place = isinstance(root, Path) or name.startswith("gs://")
+        copies = not in_place if config.data.copy_prepared is None else config.data.copy_prepared
+        if not (in_place or copies):
+            where = f"data.prepared = {name!r}"
             raise ConfigError(
-                f"data.copy_prepared = False: shards can be read in place on gs:// and mounts, not {name!r}"
+                f"data.copy_prepared = False: ArrayRecord reads gs:// and mounted directories, not {where}"
             )
-        size = sum(size for size, _ in index["files"].values())
-        what = f"{', '.join(index['names'])}: {size / 2**20:,.0f} MiB of tokens"
-        if local and not copies:
-            say(f"{what}, read in {root}")
-            return (
-                str(root / "tokenizer"),
-                index["fingerprint"],
-                [str(root / "tokens" / key) for key in index["sources"]],
-            )
+        facts = {name: (size, digest) for name, (size, digest) in index["files"].items()}
         here = sources.cache_dir(config) / "published" / index["fingerprint"]
+        how = f"copied from {name} to {here}" if copies else f"read in {name}"
+        say(f"{', '.join(index['names'])}: {sum(size for size, _ in facts.values()) / 2**20:,.0f} MiB of tokens, {how}")
         with files.locked(here):
-            wanted = {name: fact for name, fact in index["files"].items() if copies or not _is_shard(name)}
-            say(f"{what}, {f'copied from {name} to {here}' if copies else f'read in {name}'}")
-            _copy(root, here, wanted)
+            _copy(root, here, {name: fact for name, fact in facts.items() if copies or not _is_shard(name)})
         at = here if copies else root
         return str(here / "tokenizer"), index["fingerprint"], [str(at / "tokens" / key) for key in index["sources"]]
 
