@@ -89,7 +89,7 @@ def _follow(
     """Returns the search, the next batch, and which row of the cache each beam continues."""
     batch, width = beams["scores"].shape
     beams, parents, tokens = select(logits.reshape(batch, width, -1), beams, settings)
-    beams = {name: constrain(array, *["length"] * array.ndim) for name, array in beams.items()}
+    beams = {name: constrain(array, *["whole"] * array.ndim) for name, array in beams.items()}
     rows = (parents + width * jnp.arange(batch)[:, None]).reshape(-1)
     return beams, following(tokens.reshape(-1), positions), rows
 

@@ -51,7 +51,7 @@ def extend(
 def following(tokens: Array, positions: Array) -> dict[str, Array]:
     """Returns the batch of one new token a row, [B, 1], at their positions."""
     batch = {"inputs": tokens[:, None], "positions": positions, "segment_ids": jnp.ones_like(positions)}
-    return {name: constrain(array, "length", "length") for name, array in batch.items()}
+    return {name: constrain(array, "whole", "whole") for name, array in batch.items()}
 
 
 def tokens_seen(model: Transformer, batch: dict[str, Array]) -> Bool[Array, "B V"]:
@@ -69,15 +69,15 @@ def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
     def of_row(row: Array, logits: Array, seen: Array) -> Array:
         return sample_logits(logits, key_of(draw["seed"], row, number), draw, seen)
 
-    tokens = constrain(jax.vmap(of_row)(draw["rows"], logits, state["seen"]), "length")
+    tokens = constrain(jax.vmap(of_row)(draw["rows"], logits, state["seen"]), "whole")
     seen = state["seen"].at[jnp.arange(len(tokens)), tokens].set(True)
     texts = jax.lax.dynamic_update_slice(state["tokens"], tokens[:, None], (0, number))
     return state | {
         "batch": following(tokens, state["batch"]["positions"][:, -1:] + 1),
-        "tokens": constrain(texts, "length", "length"),
+        "tokens": constrain(texts, "whole", "whole"),
         "number": number + 1,
-        "seen": constrain(seen, "length", "length"),
-        "done": constrain(state["done"] | (tokens == draw["eos"]), "length"),
+        "seen": constrain(seen, "whole", "whole"),
+        "done": constrain(state["done"] | (tokens == draw["eos"]), "whole"),
     }
 
 
