@@ -126,9 +126,8 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, in order."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["context"]))
     rows: set[int] = set()
-    for index in indices.values():
+    for index in batch_sharding(mesh).addressable_devices_indices_map((batch_size, mesh.shape["context"])).values():
         assert index is not None
         rows.update(range(*index[0].indices(batch_size)))
     return sorted(rows)
