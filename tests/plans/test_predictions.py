@@ -82,6 +82,8 @@ def test_every_shape_of_a_torus_fits_into_the_pod() -> None:
         (["--topology", "v5e:2x2", "--candidates", "0"], "--candidates"),
         (["--topology", "v5e:4x4", "--parallel.fsdp", "8"], "does not match"),
         (["--topology", "v5e:4x4", "--compare", "fdsp=4"], "did you mean fsdp?"),
+        (["--topology", "v5e:4x4", "--search", "--axes", "fdsp"], "did you mean fsdp?"),
+        (["--topology", "v5e:4x4", "--slices", "2", "--search", "--axes", "fsdp"], "must have replica"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_compiled(arguments: list[str], message: str) -> None:
