@@ -231,6 +231,15 @@ def test_the_report_of_what_does_not_fit(config: Config) -> None:
     assert text.count("GB less") == 3
 
 
+def test_arithmetic_alone_plans_for_chips_without_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--topology", "h100:64x8", "--arithmetic", "--parallel.tensor", "8", "--train.num-microbatches", "8"]
+    assert run(["plan", "--config", "llama3_70b", *flags, "--tokens", "15e12"]) == 0
+    printed = capsys.readouterr().out
+    assert "h100:64x8, 512 chips; fsdp 64 x tensor 8; by arithmetic alone" in printed and "chip-hours" in printed
+    # 4 bytes of each of 70.6 billion parameters and 8 of their moments, over 512 chips, and the norms, which are not split.
+    assert "| parameters | 0.55" in printed and "| optimizer state | 1.11" in printed
+
+
 def test_side_by_side(config: Config) -> None:
     records = [report.record_of(compiled(config, collective(count=n))) for n in (1, 2)]
     text = report.compared(records)

@@ -18,6 +18,9 @@ from transformer.plans.roofline import Prediction, axis_bandwidth, collective_se
 MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "sgd": 0, "schedule_free": 2, "adafactor": 0}
 """Arrays as large as the parameters that each optimizer keeps, about."""
 
+HIDDEN = ("fsdp", "replica")
+"""Axes whose transfers wait for no product of the same layer, and can all be beside some."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -85,7 +88,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     sets = 1 + (config.train.num_microbatches > 1)
     moments = 0 if config.parallel.offload_optimizer else MOMENTS[config.optimizer.name]
     transfers = _transfers(config, topology, axes, tokens, layer * layers, outside, held)
-    exposed = {axis: s for axis, s in transfers.items() if axis in ("tensor", "expert", "context", "stage")}
+    exposed = {axis: s for axis, s in transfers.items() if axis not in HIDDEN}
     hidden_seconds = math.fsum(s for axis, s in transfers.items() if axis not in exposed)
     memory = 2 * (4 * held * (2 + moments) + activations + element * layer * layers) / chip.hbm_bandwidth
     seconds = prediction(config, topology, axes["stage"], memory, math.fsum(exposed.values()), 0.0, hidden_seconds)

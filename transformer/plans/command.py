@@ -39,6 +39,8 @@ class PlanOptions:
     """Slices of that shape, joined by the data-centre network; parallel.replica is a multiple of them."""
     periods: tuple[int, ...] = ()
     """Two depths, in periods of the pattern of layers, to compile instead of the whole and go on from in a straight line."""
+    arithmetic: bool = False
+    """Compile nothing: what arithmetic alone says, in a second, also of chips that there is no compiler for."""
     search: bool = False
     """Look for the best split, microbatches and remat, and say why the others lost."""
     axes: tuple[str, ...] = MESH_AXES
@@ -70,6 +72,10 @@ def run(options: PlanOptions) -> int:
     config = on_slices(options.config, topology)
     if options.compare:
         return _compare(options, config)
+    if options.arithmetic:
+        if options.search or options.json_file:
+            raise ConfigError("--arithmetic prints one estimate: leave out --search and --json")
+        return _estimate(config, topology, options.tokens)
     from transformer.plans.compilation import prepare
 
     if not options.search and (problems := mesh_problems(config, topology.num_chips)):
@@ -91,6 +97,16 @@ def run(options: PlanOptions) -> int:
         record = report.record_of(compiled, options.tokens)
     if options.json_file:
         write_atomically(Path(options.json_file).expanduser(), json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _estimate(config: Config, topology: Topology, tokens: float) -> int:
+    if problems := mesh_problems(config, topology.num_chips):
+        raise ConfigError(problems)
+    from transformer.plans import report
+    from transformer.plans.arithmetic import estimate
+
+    print(report.estimate_text(estimate(known_vocabulary(config), topology), tokens))
     return 0
 
 

@@ -23,7 +23,7 @@ from transformer.plans.collectives import Collective, MeshShape, collectives_of,
 
 INSTALL = {
     "tpu": "compiling for a TPU needs libtpu, which needs no TPU: pip install 'transformer[tpu]'",
-    "gpu": "compiling for a GPU is not built in yet: the arithmetic of `--estimate` is, or plan for a TPU",
+    "gpu": "compiling for GPUs that are not here is not built in: --arithmetic plans for them without a compiler",
 }
 
 
