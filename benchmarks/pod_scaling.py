@@ -72,7 +72,7 @@ def main() -> None:
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        for name in ("parameters", "optimizer_state", "gradients", "activations", "other"):
+        for name in ("parameters", "optimizer_state", "temporaries", "total"):
             left.plot(
                 chips, [row["memory_bytes"][name] / 1e6 for row in rows], marker="o", label=name.replace("_", " ")
             )

@@ -5,8 +5,9 @@ What differs: all 61 layers have experts, where the paper's first three are dens
 not only those of four hosts; the loss that balances experts is over the batch. The peak rate is the paper's; warm-up and
 decay are those of the other recipes.
 
-Splits: on TPU v5p 2,048 chips, `--parallel.expert 32` with `--parallel.fsdp` for the rest of a slice; on v6e the same within a
-pod of 256, and pods by `--parallel.replica`; on H100s `--parallel.expert 8` inside a host with `--parallel.fsdp` across hosts.
+Splits: on 2,048 chips of TPU v5p, `--parallel.expert 32` and `fsdp` for the rest; on 2,048 H100s, `--parallel.expert 8` inside a
+host and `fsdp` across hosts. A slice of TPU v6e, 256 chips of 32 GB, does not hold parameters and moments (12 bytes each), so
+that there the layers have to be split over slices (`parallel.stage`).
 """
 
 from configs import llama3_8b

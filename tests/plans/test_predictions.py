@@ -82,6 +82,8 @@ def test_every_shape_of_a_torus_fits_into_the_pod() -> None:
         (["--topology", "v5e:2x2", "--candidates", "0"], "--candidates"),
         (["--topology", "v5e:4x4", "--parallel.fsdp", "8"], "does not match"),
         (["--topology", "v5e:4x4", "--compare", "fdsp=4"], "did you mean fsdp?"),
+        (["--topology", "v5e:4x4", "--search", "--axes", "fdsp"], "did you mean fsdp?"),
+        (["--topology", "v5e:4x4", "--slices", "2", "--search", "--axes", "fsdp"], "must have replica"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_compiled(arguments: list[str], message: str) -> None:
@@ -227,6 +229,15 @@ def test_the_report_of_what_does_not_fit(config: Config) -> None:
     text = report.text_of(plan)
     assert "Does not fit, by 25.82 GB: other temporaries 40.00 GB" in text
     assert text.count("GB less") == 3
+
+
+def test_arithmetic_alone_plans_for_chips_without_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--topology", "h100:64x8", "--arithmetic", "--parallel.tensor", "8", "--train.num-microbatches", "8"]
+    assert run(["plan", "--config", "llama3_70b", *flags, "--tokens", "15e12"]) == 0
+    printed = capsys.readouterr().out
+    assert "h100:64x8, 512 chips; fsdp 64 x tensor 8; by arithmetic alone" in printed and "chip-hours" in printed
+    # 4 bytes of each of 70.6 billion parameters and 8 of their moments, over 512 chips, and the norms, which are not split.
+    assert "| parameters | 0.55" in printed and "| optimizer state | 1.11" in printed
 
 
 def test_side_by_side(config: Config) -> None:

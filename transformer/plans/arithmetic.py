@@ -5,16 +5,21 @@ It is coarser than what the compiler says, which always has the last word.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from transformer.config import DATA_AXES, Config, mesh_axes, problems_of, replace
+from transformer.config import DATA_AXES, Config, ModelConfig, mesh_axes, problems_of, replace
 from transformer.config.validation import mesh_problems
 from transformer.plans.chips import Topology
 from transformer.plans.roofline import Prediction, axis_bandwidth, collective_seconds, prediction
 
 MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "sgd": 0, "schedule_free": 2, "adafactor": 0}
 """Arrays as large as the parameters that each optimizer keeps, about."""
+
+HIDDEN = ("fsdp", "replica")
+"""Axes whose transfers wait for no product of the same layer, and can all be beside some."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,11 @@ class Estimate:
 
 def estimate(config: Config, topology: Topology) -> Estimate:
     """Returns the estimate of a configuration whose vocabulary is known and whose splits divide."""
-    import jax
-
-    from transformer.models.parameters import is_spec, parameter_specs
-    from transformer.models.transformer import Transformer
     from transformer.parallel.sharding import partition_spec
 
     axes, chip, model = mesh_axes(config, topology.num_chips), topology.chip, config.model
-    scanned = dataclasses.replace(model, scan_layers=True, num_positions=model.num_positions or 1)
-    specs = jax.tree.leaves(parameter_specs(Transformer(scanned)), is_leaf=is_spec)
     held, layer, outside = 0.0, 0.0, 0.0
-    for spec in specs:
+    for spec in _specs(dataclasses.replace(model, remat="none")):
         layout = partition_spec(spec.axes, spec.shape, axes)
         parts = [p for entry in layout for p in (entry if isinstance(entry, tuple) else (entry,)) if p]
         held += math.prod(spec.shape) / math.prod(axes[p] for p in parts)
@@ -83,18 +82,30 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     }
     activations = layers * tokens * element * kept[model.remat]
     chunk = config.objective.logit_chunk or config.data.sequence_length
-    logits = 3 * 4 * tokens * min(1, chunk / config.data.sequence_length) * model.vocab_rows / tensor
-    working = tokens * element * (8 * model.width + 3 * inside) + 2 * layer * element + logits + 2 * outside * element
+    # In 32 bits, and their gradient in the type of activations.
+    logits = (4 + element) * tokens * min(1, chunk / config.data.sequence_length) * model.vocab_rows / tensor
+    working = tokens * element * (4 * model.width + 1.5 * inside) + (layer + outside) * element + logits
     sets = 1 + (config.train.num_microbatches > 1)
     moments = 0 if config.parallel.offload_optimizer else MOMENTS[config.optimizer.name]
     transfers = _transfers(config, topology, axes, tokens, layer * layers, outside, held)
-    exposed = {axis: s for axis, s in transfers.items() if axis in ("tensor", "expert", "context", "stage")}
+    exposed = {axis: s for axis, s in transfers.items() if axis not in HIDDEN}
     hidden_seconds = math.fsum(s for axis, s in transfers.items() if axis not in exposed)
     memory = 2 * (4 * held * (2 + moments) + activations + element * layer * layers) / chip.hbm_bandwidth
     seconds = prediction(config, topology, axes["stage"], memory, math.fsum(exposed.values()), 0.0, hidden_seconds)
     return Estimate(
         config, topology, 4 * held, 4 * held * moments, 4 * held * sets, activations, working, seconds, transfers
     )
+
+
+@functools.cache
+def _specs(model: ModelConfig) -> tuple[Any, ...]:
+    import jax
+
+    from transformer.models.parameters import is_spec, parameter_specs
+    from transformer.models.transformer import Transformer
+
+    scanned = dataclasses.replace(model, scan_layers=True, num_positions=model.num_positions or 1)
+    return tuple(jax.tree.leaves(parameter_specs(Transformer(scanned)), is_leaf=is_spec))
 
 
 def _transfers(

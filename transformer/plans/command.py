@@ -9,7 +9,16 @@ from typing import Any
 
 from transformer.arguments import Overrides, Recipe
 from transformer.benchmarks.measure import JsonFile, own_process
-from transformer.config import Config, ConfigError, mesh_problems, replace, to_json, write_atomically
+from transformer.config import (
+    MESH_AXES,
+    Config,
+    ConfigError,
+    mesh_problems,
+    nearest,
+    replace,
+    to_json,
+    write_atomically,
+)
 from transformer.plans.chips import Topology, parse_topology
 
 
@@ -30,8 +39,12 @@ class PlanOptions:
     """Slices of that shape, joined by the data-centre network; parallel.replica is a multiple of them."""
     periods: tuple[int, ...] = ()
     """Two depths, in periods of the pattern of layers, to compile instead of the whole and go on from in a straight line."""
+    arithmetic: bool = False
+    """Compile nothing: what arithmetic alone says, in a second, also of chips that there is no compiler for."""
     search: bool = False
     """Look for the best split, microbatches and remat, and say why the others lost."""
+    axes: tuple[str, ...] = MESH_AXES
+    """Axes of the mesh that a search splits over."""
     candidates: int = 3
     """Settings that a search compiles, of those that are the fastest by arithmetic."""
     compare: tuple[str, ...] = ()
@@ -51,9 +64,18 @@ def run(options: PlanOptions) -> int:
         raise ConfigError(f"--periods = {options.periods}: must be two numbers, the smaller first")
     if options.candidates < 1 or options.tokens < 0:
         raise ConfigError("--candidates must be at least 1, --tokens not negative")
+    for axis in options.axes:
+        if axis not in MESH_AXES:
+            raise ConfigError(f"--axes {axis}: axes are {', '.join(MESH_AXES)}{nearest(axis, MESH_AXES)}")
+    if options.search and topology.num_slices > 1 and "replica" not in options.axes:
+        raise ConfigError(f"--axes: must have replica, which {topology.num_slices} slices need")
     config = on_slices(options.config, topology)
     if options.compare:
         return _compare(options, config)
+    if options.arithmetic:
+        if options.search or options.json_file:
+            raise ConfigError("--arithmetic prints one estimate: leave out --search and --json")
+        return _estimate(config, topology, options.tokens)
     from transformer.plans.compilation import prepare
 
     if not options.search and (problems := mesh_problems(config, topology.num_chips)):
@@ -64,7 +86,7 @@ def run(options: PlanOptions) -> int:
     if options.search:
         from transformer.plans.search import search
 
-        found = search(known_vocabulary(config), topology, options.candidates)
+        found = search(known_vocabulary(config), topology, options.candidates, options.axes)
         print(report.search_text(found, topology))
         record: Any = [report.record_of(item.compiled) for item in found.ranked if item.compiled]
         if not found.ranked:
@@ -75,6 +97,16 @@ def run(options: PlanOptions) -> int:
         record = report.record_of(compiled, options.tokens)
     if options.json_file:
         write_atomically(Path(options.json_file).expanduser(), json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _estimate(config: Config, topology: Topology, tokens: float) -> int:
+    if problems := mesh_problems(config, topology.num_chips):
+        raise ConfigError(problems)
+    from transformer.plans import report
+    from transformer.plans.arithmetic import estimate
+
+    print(report.estimate_text(estimate(known_vocabulary(config), topology), tokens))
     return 0
 
 

@@ -23,7 +23,7 @@ from transformer.plans.collectives import Collective, MeshShape, collectives_of,
 
 INSTALL = {
     "tpu": "compiling for a TPU needs libtpu, which needs no TPU: pip install 'transformer[tpu]'",
-    "gpu": "compiling for a GPU is not built in yet: the arithmetic of `--estimate` is, or plan for a TPU",
+    "gpu": "compiling for GPUs that are not here is not built in: --arithmetic plans for them without a compiler",
 }
 
 
@@ -220,23 +220,27 @@ def stacked_bytes(hlo: str, parameters: Mapping[tuple[int, ...], int]) -> dict[s
     of these; what else has the same number of layers is kept from the forward pass.
     """
     computations, entry = parse(hlo)
-    loops = [i for i in _all(computations, entry) if i.opcode == "while" and "transpose(" in i.attributes]
-    loop = max(loops, key=lambda i: size_of(i.type), default=None)
-    if loop is None:
-        return {}
-    found, left = {"gradients": 0, "activations": 0}, Counter(parameters)
-    depths = Counter(shape[0] for shape in parameters)
-    for kind in array_types(loop.type):
-        bits, dims = bits_and_dims(kind)
-        if len(dims) < 2 or dims[0] not in depths or ")S(" in kind.split("}")[0] or "S(5)" in kind:
-            continue
-        if tuple(dims) in parameters:
-            if bits == 32 and left[tuple(dims)] > 0:
-                left[tuple(dims)] -= 1
+    depths = {shape[0] for shape in parameters}
+    best: dict[str, int] = {}
+    for loop in (i for i in _all(computations, entry) if i.opcode == "while"):
+        found, left = {"gradients": 0, "activations": 0}, Counter(parameters)
+        for kind in array_types(loop.type):
+            _, dims = bits_and_dims(kind)
+            if len(dims) < 2 or dims[0] not in depths or _ELSEWHERE.search(kind):
+                continue
+            if dims not in parameters:
+                found["activations"] += size_of(kind)
+            elif kind.startswith("f32") and left[dims] > 0:
+                left[dims] -= 1
                 found["gradients"] += size_of(kind)
-        else:
-            found["activations"] += size_of(kind)
-    return found
+        # XLA may have cut a turn off the loop, and with it what tells the backward one, which alone carries both.
+        if found["gradients"] > best.get("gradients", 0):
+            best = found
+    return best
+
+
+_ELSEWHERE = re.compile(r"S\([1-9]\)")
+"""What stands in the layout of an array that is not in the chip's main memory."""
 
 
 def _all(computations: Mapping[str, Sequence[Instruction]], entry: str) -> list[Instruction]:

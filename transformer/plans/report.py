@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformer.benchmarks.report import table
-from transformer.config import Config
-from transformer.plans.arithmetic import changes_that_help
+from transformer.config import Config, mesh_axes
+from transformer.plans.arithmetic import HIDDEN, Estimate, changes_that_help
 from transformer.plans.chips import Topology
 from transformer.plans.collectives import Collective
 from transformer.plans.compilation import Compiled, axes_text
@@ -117,6 +117,33 @@ def _too_large_lines(compiled: Compiled) -> list[str]:
         enough = "enough" if change.saved >= over else "not enough alone"
         lines.append(f"  {change.text}: {change.saved / 1e9:.2f} GB less, {enough}")
     return lines
+
+
+def estimate_text(found: Estimate, tokens: float = 0.0) -> str:
+    """Returns what arithmetic alone says."""
+    limit, seconds = found.topology.chip.hbm_bytes, found.seconds
+    rows = [
+        ("parameters", found.parameters),
+        ("optimizer state", found.optimizer_state),
+        ("gradients", found.gradients),
+        ("activations", found.activations),
+        ("a layer, logits, gathered parameters", found.working),
+        ("all", found.bytes),
+        ("HBM", float(limit)),
+    ]
+    shown = [(name, f"{size / 1e9:.4g}", f"{size / limit:.1%}") for name, size in rows]
+    spent = ", ".join(f"{axis} {s:.3g} s" for axis, s in found.transfers.items()) or "none"
+    lines = [
+        f"{found.topology}; {axes_text(mesh_axes(found.config, found.topology.num_chips))}; by arithmetic alone",
+        "",
+        table(("", "GB", "of HBM"), shown),
+        f"Transfers: {spent}; those of {', '.join(HIDDEN)} are taken to be beside products",
+        f"Predicted step: {seconds.step_seconds:.4g} s, MFU {seconds.mfu:.1%}, {seconds.tokens_per_day:.4g} tokens a day",
+    ]
+    if tokens:
+        days, hours = days_for(tokens, seconds), chip_hours(tokens, seconds, found.topology)
+        lines.append(f"{tokens:.4g} tokens: {days:,.4g} days, {hours:,.4g} chip-hours")
+    return "\n".join(lines)
 
 
 def record_of(compiled: Compiled, tokens: float = 0.0) -> dict[str, Any]:

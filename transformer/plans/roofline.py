@@ -143,7 +143,8 @@ def axis_bandwidth(chip: Chip, shape: Sequence[int], size: int, before: int) -> 
     `before`: chips that the axes inside of it take.
     """
     if not chip.torus_dims:
-        return chip.link_bandwidth
+        # Within a host, or over the network between them.
+        return chip.link_bandwidth if before * size <= shape[1] else chip.dcn_bandwidth
     links, left, skip = 0, size, before
     for side in sorted(shape):
         inside = math.gcd(side, skip)

@@ -77,7 +77,7 @@ def search(
     refused: Counter[str] = Counter()
     sound: list[Estimate] = []
     for candidate in settings(config, topology, axes):
-        problems = [*problems_of(candidate, topology.chip.platform), *mesh_problems(candidate, topology.num_chips)]
+        problems = mesh_problems(candidate, topology.num_chips) or problems_of(candidate, topology.chip.platform)
         if problems:
             refused[_reason(problems[0])] += 1
         else:
