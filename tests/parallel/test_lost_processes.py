@@ -258,6 +258,7 @@ def test_the_watchdog_waits_for_the_first_beat_and_barks_once(tmp_path: Path, ca
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     make_run: Make, start: Run, tmp_path: Path, read_lines: Any
 ) -> None:
@@ -289,8 +290,7 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     finished = replace(config, train={"num_steps": num_steps})
     outputs = ends(processes := start(finished, workdir, 3, devices=2))
     assert statuses(processes) == [0, 0, 0], outputs
-    outputs = ends(processes := start(finished, tmp_path / "undisturbed", 4, devices=2))
-    assert statuses(processes) == [0] * 4, outputs
+    assert loop.run(replace(finished, parallel={"fsdp": 8}), tmp_path / "undisturbed") == 0
     found, expected = lines_of(workdir, read_lines), lines_of(tmp_path / "undisturbed", read_lines)
     worst = max(
         abs(one["loss"] - other["loss"]) / abs(other["loss"]) for one, other in zip(found, expected, strict=True)
