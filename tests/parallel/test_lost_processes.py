@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from running import assert_losses_equal, free_port
 
@@ -265,6 +264,8 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     config = make_run(
         data={"sequence_length": 32},
         model={"width": 32, "num_layers": 2},
+        # At a rate at which the loss falls steadily: where it jumps, it blows up the rounding of another order of sums.
+        optimizer={"learning_rate": 1e-3},
         train={"num_steps": 100_000, "batch_size": 24},
         evaluation=QUIET | {"batch_size": 24},
         checkpoint={"every_steps": 5},
@@ -296,8 +297,7 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
         abs(one["loss"] - other["loss"]) / abs(other["loss"]) for one, other in zip(found, expected, strict=True)
     )
     print(f"{num_steps} steps: losses differ by {worst:.2e} relative at most")
-    assert_losses_equal(found, expected)
-    assert np.isfinite([line["loss"] for line in found]).all()
+    assert worst <= 1e-5 and [line["step"] for line in found] == [line["step"] for line in expected]
 
     # Where batch and mesh do not divide, the message says why.
     uneven = replace(finished, train={"batch_size": 16})
