@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from running import assert_losses_equal, free_port
 
@@ -258,12 +257,15 @@ def test_the_watchdog_waits_for_the_first_beat_and_barks_once(tmp_path: Path, ca
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     make_run: Make, start: Run, tmp_path: Path, read_lines: Any
 ) -> None:
     config = make_run(
         data={"sequence_length": 32},
         model={"width": 32, "num_layers": 2},
+        # At a rate at which the loss falls steadily: where it jumps, it blows up the rounding of another order of sums.
+        optimizer={"learning_rate": 1e-3},
         train={"num_steps": 100_000, "batch_size": 24},
         evaluation=QUIET | {"batch_size": 24},
         checkpoint={"every_steps": 5},
@@ -289,15 +291,13 @@ def test_four_processes_lose_any_one_and_go_on_with_four_three_and_two(
     finished = replace(config, train={"num_steps": num_steps})
     outputs = ends(processes := start(finished, workdir, 3, devices=2))
     assert statuses(processes) == [0, 0, 0], outputs
-    outputs = ends(processes := start(finished, tmp_path / "undisturbed", 4, devices=2))
-    assert statuses(processes) == [0] * 4, outputs
+    assert loop.run(replace(finished, parallel={"fsdp": 8}), tmp_path / "undisturbed") == 0
     found, expected = lines_of(workdir, read_lines), lines_of(tmp_path / "undisturbed", read_lines)
     worst = max(
         abs(one["loss"] - other["loss"]) / abs(other["loss"]) for one, other in zip(found, expected, strict=True)
     )
     print(f"{num_steps} steps: losses differ by {worst:.2e} relative at most")
-    assert_losses_equal(found, expected)
-    assert np.isfinite([line["loss"] for line in found]).all()
+    assert worst <= 1e-5 and [line["step"] for line in found] == [line["step"] for line in expected]
 
     # Where batch and mesh do not divide, the message says why.
     uneven = replace(finished, train={"batch_size": 16})

@@ -5,7 +5,7 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 from transformer.config import Config, get, keys
@@ -13,7 +13,7 @@ from transformer.config import Config, get, keys
 MAY_DIFFER = ("parallel.process_id", "parallel.coordinator", "data.cache_dir", "compilation_cache_dir")
 """Who a process is, by which name it calls process 0, and where its machine keeps what can be made again: the fingerprint
 of the data is compared by itself."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -32,7 +32,8 @@ def facts_of(config: Config) -> dict[str, str]:
     facts = {key: repr(get(config, key)) for key in keys() if key not in MAY_DIFFER}
     facts["the source of transformer"] = code_hash()[:12]
     facts["python"] = platform.python_version()
-    return facts | {f"the package {name}": version(name) for name in PACKAGES}
+    versions = {found.name: found.version for found in distributions()}
+    return facts | {f"the package {name}": versions.get(name, "absent") for name in PACKAGES}
 
 
 def differences(held: Sequence[Mapping[str, str]]) -> list[str]:
