@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from running import assert_losses_equal, free_port
 
-from transformer.checkpointing.run import locked
+from transformer.checkpointing.places import locked
 from transformer.config import Config, replace
 from transformer.parallel import HUNG, LOST
 from transformer.parallel.agreement import differences, facts_of

@@ -121,7 +121,7 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
     from transformer.models.transformer import Transformer
     from transformer.objectives import objective_of, vocabulary, with_window
     from transformer.optimizers import make_optimizer
-    from transformer.parallel.sharding import batch_sharding, make_mesh
+    from transformer.parallel.sharding import batch_sharding, make_mesh, use_rules
     from transformer.training.state import abstract_state, state_shardings
     from transformer.training.step import compile_step, make_train_step
 
@@ -133,7 +133,8 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
     config = resolve(with_window(config), vocabulary.without_data(config), labels)
     model = Transformer(for_platform(config.model, topology.chip.platform))
     optimizer = make_optimizer(config, parameter_specs(model))
-    shardings = state_shardings(model, optimizer, mesh, config.parallel.offload_optimizer)
+    with use_rules(config):
+        shardings = state_shardings(model, optimizer, mesh, config.parallel)
     state, rows = abstract_state(model, optimizer, shardings), batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((config.train.batch_size, length), dtype, sharding=rows)
@@ -151,7 +152,7 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
     start = before.ru_utime + before.ru_stime
     try:
         # What is compiled for hardware that is not here could not be read back from the cache of programs.
-        with jax.set_mesh(mesh), without_cache():
+        with jax.set_mesh(mesh), use_rules(config), without_cache():
             step = make_train_step(config, model, optimizer, shardings)
             compiled = compile_step(step, state, batch, shardings, mesh)
     except jax.errors.JaxRuntimeError as error:
