@@ -432,7 +432,7 @@ def meanings() -> Iterator[tuple[str, str]]:
                 yield from walk(kind, f"{key}.")
             else:
                 assert isinstance(following, ast.Expr), key
-                yield key, ast.literal_eval(following.value)
+                yield key, " ".join(ast.literal_eval(following.value).split())
 
     yield from walk("Config", "")
 

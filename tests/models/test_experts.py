@@ -319,7 +319,9 @@ PLAIN = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_st
 """An optimizer whose steps are the gradient."""
 
 
-@pytest.mark.parametrize("capacity", [None, 0.8], ids=["dropless", "capacity"])
+@pytest.mark.parametrize(
+    "capacity", [pytest.param(None, id="dropless", marks=pytest.mark.slow), pytest.param(0.8, id="capacity")]
+)
 def test_microbatches_layers_in_a_loop_and_a_mesh_change_no_step(capacity, tiny_config, tiny_batch):
     """Rows have different numbers of tokens, one has none, and documents are packed. Only without a capacity do layers
     and mesh differ, as well as microbatches: the rest takes the same way."""

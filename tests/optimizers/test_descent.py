@@ -101,6 +101,7 @@ def slopes(widths: tuple[int, ...], *rest: Any) -> np.ndarray:
     return np.polyfit(np.log(widths), np.log([changes(width, *rest) for width in widths]), 1)[0]
 
 
+@pytest.mark.slow
 def test_activations_move_as_far_at_every_width():
     """The coordinate check of Yang et al. 2022, appendix D.1. Logits, which begin at zero in the limit, come down to theirs."""
     hidden, logits = slopes((64, 128, 512), "mup", "adamw", 5e-4)

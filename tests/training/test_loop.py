@@ -164,7 +164,9 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     assert_same_run(workdir, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("moment", ["at the step", "in the validation", "killed after it"])
+@pytest.mark.parametrize(
+    "moment", ["at the step", "in the validation", pytest.param("killed after it", marks=pytest.mark.slow)]
+)
 def test_a_signal_does_not_wait_for_a_validation_that_is_due(
     moment: str,
     make_run: Make,
