@@ -185,7 +185,7 @@ def test_both_stacks_of_an_encoder_decoder(run):
         ("dense", {"stage": 4, "schedule": "1f1b"}),
         ("dense", {"stage": 4, "schedule": "gpipe", "tensor": 2}),
         ("dense", {"stage": 2, "fsdp": 2, "tensor": 2, "schedule": "interleaved", "rounds": 2}),
-        ("dense", {"stage": 2, "replica": 2, "fsdp": 2, "schedule": "gpipe"}),
+        ("dense", {"stage": 2, "replica": 2, "tensor": 2, "schedule": "gpipe"}),
         ("deep", {"stage": 4, "tensor": 2, "schedule": "1f1b"}),
         ("experts", {"stage": 2, "replica": 2, "schedule": "gpipe"}),
         ("pair", {"stage": 2, "fsdp": 2, "tensor": 2, "schedule": "interleaved", "rounds": 2}),
