@@ -93,6 +93,9 @@ class Peers:
 
         The process then has to end: at its exit it waits for nobody but, being 0, for the others to have read this.
         """
+        if self._ending.is_set():
+            # Another thread is ending this process, for a reason that came first; this one may follow from that.
+            time.sleep(4 * _GRACE_SECONDS)
         self._status = status
         self._ending.set()
         self._tell(self.index, status, reason)
@@ -176,7 +179,8 @@ class Peers:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        self._try(self._wait_for_the_others, 3 * _GRACE_SECONDS)
+        # Process 0 last: JAX aborts whoever outlives it.
+        self._try(self._wait_for_the_others, (3 if self.index == 0 else 1) * _GRACE_SECONDS)
         os._exit(self._status)
 
     def _wait_for_the_others(self) -> None:
