@@ -14,11 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformer.benchmarks.measure import machine, own_process  # noqa: E402
-from transformer.benchmarks.report import save_plot, table  # noqa: E402
+from transformer.benchmarks.measure import machine, own_process
+from transformer.benchmarks.report import save_plot, table
 
 POINTS = (("v5e:4x4", 1), ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5e:16x16", 4), ("v5e:16x16", 16))
 """16 to 4,096 chips."""

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transformer.arguments import load_config  # noqa: E402
-from transformer.benchmarks.measure import machine  # noqa: E402
-from transformer.benchmarks.report import table  # noqa: E402
-from transformer.config import Config, replace  # noqa: E402
-from transformer.plans.arithmetic import estimate  # noqa: E402
-from transformer.plans.chips import Topology, parse_topology  # noqa: E402
+from transformer.arguments import load_config
+from transformer.benchmarks.measure import machine
+from transformer.benchmarks.report import table
+from transformer.config import Config, replace
+from transformer.plans.arithmetic import estimate
+from transformer.plans.chips import Topology, parse_topology
 
 TIERS = "MaxText docs/reference/models/tiering.md (August 2026): tokens/s a chip; batch from the recipe that it links"
 AXLEARN = "AXLearn, arXiv:2507.05411, iteration times; batch of 1,024 texts of 4,096 tokens assumed, which its MFU agrees with"

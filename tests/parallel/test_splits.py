@@ -338,7 +338,9 @@ def test_no_split_leaves_whole_what_its_table_splits(model: str, split: str) -> 
 
 @pytest.fixture
 def created() -> Iterator[Any]:
-    config = replace(config_of("plain", "fsdp=2 tensor=4"), model={"vocab_size": 203, "width": 48})
+    config = replace(
+        config_of("plain", "fsdp=2 tensor=4"), model={"vocab_size": 203, "width": 48, "feedforward_width": 192}
+    )
     mesh = make_mesh(config)
     model = Transformer(config.model)
     optimizer = make_optimizer(config, parameter_specs(model))
@@ -367,8 +369,8 @@ def test_creation_holds_no_whole_array(created: Any) -> None:
     specs = jax.tree.leaves(parameter_specs(model), is_leaf=is_spec)
     layouts = jax.tree.leaves(shardings.params)
     shards = [np.prod(layout.shard_shape(spec.shape)) for layout, spec in zip(layouts, specs, strict=True)]
-    # Up to two shards while the padding rows are put at the end, which moves rows between neighbours.
-    assert max(sizes) < 2 * max(shards) < max(np.prod(spec.shape) for spec in specs) / 3
+    # A little more than a shard while the padding rows are put at the end.
+    assert max(sizes) < 1.1 * max(shards) < max(np.prod(spec.shape) for spec in specs) / 7
 
 
 # What does not divide is refused.

@@ -8,9 +8,10 @@ IN_TURN = ("lstm", "gru")
 """Mixers whose every step needs the one before, so that a device could only wait for the others."""
 
 
-def context_problems(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Yields a sentence for each thing that stands against splitting texts over a mesh with these sizes."""
-    model, parts = config.model, f"parallel.context = {sizes['context']}"
+def context_problems(config: Config, parts: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yields a sentence for each thing that stands against splitting texts over a mesh with these sizes; `parts` names the axis
+    and its size."""
+    model = config.model
     lengths = {"sequence_length": config.data.sequence_length}
     if model.architecture == "encoder_decoder":
         lengths["source_length"] = source_length(config)

@@ -89,10 +89,6 @@ def _expert(config: Config, split: str, sizes: Sizes) -> Iterator[str]:
         yield f"model.num_experts = {model.num_experts} is not divisible by {split}"
 
 
-def _context(config: Config, split: str, sizes: Sizes) -> Iterator[str]:
-    yield from context_problems(config, sizes)
-
-
 def _lengths(config: Config, parts: int, split: str) -> Iterator[str]:
     lengths = {"sequence_length": config.data.sequence_length}
     if config.model.architecture == "encoder_decoder":
@@ -105,5 +101,5 @@ def _lengths(config: Config, parts: int, split: str) -> Iterator[str]:
 RULES: dict[str, Callable[[Config, str, Sizes], Iterator[str]]] = {
     "tensor": _tensor,
     "expert": _expert,
-    "context": _context,
+    "context": context_problems,
 }
