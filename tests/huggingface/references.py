@@ -25,10 +25,10 @@ VOCAB = 97
 
 _LLAMA = {
     **{"model_type": "llama", "vocab_size": VOCAB, "hidden_size": 30, "intermediate_size": 44, "num_hidden_layers": 2},
-    **{"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 64},
+    **{"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 96},
 }
 _MISTRAL = _LLAMA | {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
-_GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 30, "n_layer": 2, "n_head": 5, "n_positions": 64}
+_GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 30, "n_layer": 2, "n_head": 5, "n_positions": 96}
 
 
 def _rope(kind: str, **more: float) -> dict[str, Any]:

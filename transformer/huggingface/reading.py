@@ -106,6 +106,11 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
             raise ConfigError(
                 f"{folder.path}: config.json says {count:,} {name}, and there are {len(stored):,} tensors"
             )
+    held = sum(math.prod(tensor.shape) for tensor in stored.values())
+    for path, spec in flat_specs(model).items():
+        if spec.count > held:
+            problem = f"config.json asks for {path} of shape {shown(spec.shape)}, and the files hold {held:,} numbers"
+            raise ConfigError(f"{folder.path}: {problem}")
     tensors = tensors_of(family, model)
     prefix = family.prefix
     if prefix and not any(name.startswith(prefix) for name in stored):
