@@ -13,6 +13,7 @@ def test_a_pattern_of_layers_is_read() -> None:
         *[LayerKind("attention", "window", "none")] * 2,
         LayerKind("attention"),
     )
+    assert parse_layers("attention.window@none/experts") == (LayerKind("attention", "window", "experts", False),)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +25,32 @@ def test_a_pattern_of_layers_is_read() -> None:
         ({"layers": "attention.windw"}, "'windw' is not a pattern, which are full, window, dilated, block_sparse (did"),
         ({"layers": "attention/dens"}, "'dens' is not a feed-forward kind, which are dense, experts, none (did"),
         ({"layers": "lstm.window"}, "only attention has keys that a pattern such as window leaves out, not lstm"),
+        ({"layers": "lstm@none"}, "lstm@none is not possible, but attention@none and latent_attention@none"),
+        (
+            {"layers": "attention@none", "positions": "learned"},
+            "@none leaves out rotary positions, and model.positions",
+        ),
+        ({"layers": "attention@window"}, "'attention@window' is not of the form"),
+        ({"first_layers": ""}, "model.first_layers = '': '' is not of the form"),
+        ({"first_layers": "atention"}, "model.first_layers = 'atention': 'atention' is not a mixer"),
+        (
+            {"first_layers": "4*attention"},
+            "model.num_layers = 4 leaves no layer for model.layers = 'attention' after the 4",
+        ),
+        (
+            {"first_layers": "attention", "layers": "2*attention"},
+            "does not divide model.num_layers = 4 after the 1 of model.first_layers = 'attention'",
+        ),
+        ({"window_rotary_base": 100.0}, "model.window_rotary_base = 100.0: no layer of model.layers = 'attention'"),
+        ({"window_rotary_base": 100.0, "positions": "learned"}, "needs model.positions = 'rotary', not 'learned'"),
+        ({"rotary_attention_factor": 1.0}, "needs model.rotary_scaling = 'yarn', not 'none'"),
         ({"layers": "3*attention"}, "is a period of 3 layers, which does not divide model.num_layers = 4"),
     ],
 )
 def test_a_wrong_pattern_of_layers_is_told(changes: dict[str, Any], expected: str) -> None:
     (problem,) = problems_of(replace(Config(), model=changes))
-    assert problem.startswith(f"model.layers = {changes['layers']!r}") and expected in problem
+    assert "layers" not in changes or f"model.layers = {changes['layers']!r}" in problem
+    assert expected in problem
 
 
 PAIRS = {"architecture": "encoder_decoder"}

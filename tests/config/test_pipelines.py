@@ -25,6 +25,10 @@ ROUNDS = PIPELINE | {"schedule": "interleaved", "rounds": 2}
             ["train.num_microbatches = 1", "parallel.stage = 2"],
         ),
         ({"parallel": ROUNDS, "train": {"num_microbatches": 5, "batch_size": 20}}, ["train.num_microbatches = 5"]),
+        (
+            {"parallel": PIPELINE, "model": {"num_layers": 5, "first_layers": "attention.window"}},
+            ["model.first_layers = 'attention.window'", "parallel.stage = 2", "equal groups"],
+        ),
         ({"parallel": PIPELINE | {"rounds": 2}}, ["parallel.rounds = 2", "'1f1b'"]),
         ({"parallel": {"rounds": 2}}, ["parallel.rounds = 2", "'interleaved'"]),
         ({"parallel": PIPELINE | {"schedule": "interleaved"}}, ["parallel.rounds = 1", "at least 2"]),

@@ -87,9 +87,12 @@ def expert(config, params, x, number):
 def chosen_by(config, params, scores):
     """Returns the experts of a token with these scores, best first, and their weights."""
     preferred = scores + params["router"].get("bias", 0)
-    experts = sorted(range(config.num_experts), key=lambda e: -preferred[e])[: config.experts_per_token]
-    total = scores[experts].sum() if config.experts_per_token > 1 else 1.0
-    return experts, scores[experts] / total
+    groups = np.split(np.arange(config.num_experts), config.num_expert_groups)
+    best = sorted(groups, key=lambda group: -sum(sorted(preferred[group])[-2:]))[: config.groups_per_token]
+    experts = sorted(np.concatenate(best), key=lambda e: -preferred[e])[: config.experts_per_token]
+    is_normalized = config.experts_per_token > 1 and config.normalize_expert_weights
+    total = scores[experts].sum() if is_normalized else 1.0
+    return experts, config.expert_scale * scores[experts] / total
 
 
 def reference(config, params, x, segments=SEGMENTS, limited=True):
@@ -147,6 +150,17 @@ CASES = {
         "experts_per_token": 3,
     },
     "capacity": {"expert_capacity_factor": 0.5, "activation": "swiglu"},
+    "groups": {
+        "num_experts": 6,
+        "num_expert_groups": 3,
+        "groups_per_token": 2,
+        "experts_per_token": 3,
+        "router_score": "sigmoid",
+        "balance_bias_rate": 0.1,
+        "num_shared_experts": 1,
+        "normalize_expert_weights": False,
+        "expert_scale": 2.5,
+    },
 }
 
 
@@ -426,6 +440,17 @@ def test_every_stack_gives_its_terms(tiny_config):
         (
             {"routing": "expert_choice", "architecture": "encoder", "balance_bias_rate": 0.1},
             r"balance_bias_rate = 0.1: .*evenly",
+        ),
+        ({"num_expert_groups": 3}, r"num_expert_groups = 3 does not divide model.num_experts = 4"),
+        ({"num_expert_groups": 4}, r"num_expert_groups = 4: model.num_experts = 4 makes groups of one"),
+        ({"groups_per_token": 2}, r"groups_per_token = 2: there are model.num_expert_groups = 1"),
+        (
+            {"num_expert_groups": 2, "experts_per_token": 3},
+            r"experts_per_token = 3: model.groups_per_token = 1 with model.num_expert_groups = 2 leaves a token 2",
+        ),
+        (
+            {"routing": "expert_choice", "architecture": "encoder", "num_expert_groups": 2},
+            r"num_expert_groups = 2: it is tokens that choose groups",
         ),
         ({"expert_capacity_factor": 0.0}, r"expert_capacity_factor = 0.0: must be greater than 0"),
         ({"feedforward_width": 0}, r"feedforward_width = 0"),

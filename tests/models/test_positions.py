@@ -101,6 +101,7 @@ def test_yarn_interpolates_between_planes_that_turn_often_and_rarely():
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
     cosine, sine = rotary_angles(jnp.asarray([[3]]), scaling("yarn"), 64)
     np.testing.assert_allclose(cosine**2 + sine**2, factor**2, rtol=1e-5)
+    assert rotary_frequencies(scaling("yarn", rotary_attention_factor=0.75), 64)[1] == 0.75
 
 
 @pytest.mark.parametrize("length", [100, 512, 1024])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from transformer.config import ModelConfig
+from transformer.config import LayerKind, ModelConfig
 from transformer.models import blocks, causal_blocks, transformer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import MASKED_LOGIT, Transformer, apply
@@ -100,16 +100,34 @@ def reference_row(config: ModelConfig, params: Any, tokens: Any, positions: Any,
     if config.positions == "sinusoidal":
         angles = positions[:, None] / 10_000 ** (np.arange(0, config.width, 2) / config.width)
         x = x * np.sqrt(config.width) + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    for layer in range(config.num_layers):
-        p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["decoder"]["layers"])
+    for kind, p in layers_of(config, params["decoder"]):
         sublayers = [
-            ("mixer", lambda y, p=p: reference_attention(config, p["mixer"], y, positions, segments)),
+            ("mixer", lambda y, p=p, kind=kind: reference_attention(config, kind, p["mixer"], y, positions, segments)),
             ("feedforward", lambda y, p=p: reference_feedforward(config, p["feedforward"], y)),
         ]
         for name, sublayer in sublayers:
-            norm = partial(reference_norm, config, p[f"{name}_norm"])
-            x = x + sublayer(norm(x)) if config.norm_placement == "pre" else norm(x + sublayer(x))
-    return reference_norm(config, params["decoder"]["final_norm"], x) if config.norm_placement == "pre" else x
+            is_output = config.norm_placement == "output"
+            norm = partial(reference_norm, config, p[f"{name}_output_norm" if is_output else f"{name}_norm"])
+            update = sublayer(norm(x) if config.norm_placement == "pre" else x)
+            x = norm(x + update) if config.norm_placement == "post" else x + (norm(update) if is_output else update)
+    return x if config.norm_placement == "post" else reference_norm(config, params["decoder"]["final_norm"], x)
+
+
+def layers_of(config: ModelConfig, decoder: Any) -> list[tuple[LayerKind, Any]]:
+    """The kind and the parameters of each layer, in order."""
+
+    def apart(kinds: tuple[LayerKind, ...], stacked: Any, count: int) -> list[tuple[LayerKind, Any]]:
+        places = [stacked] if "blocks" not in stacked else [stacked["blocks"][n] for n in range(len(kinds))]
+        kinds = kinds[: len(places)]
+        return [
+            (kind, jax.tree.map(lambda leaf, number=number: leaf[number], place))
+            for number in range(count)
+            for kind, place in zip(kinds, places, strict=True)
+        ]
+
+    first = config.first_kinds
+    before = apart(first, decoder["first"], len(first) if len(set(first)) == 1 else 1) if first else []
+    return before + apart(config.kinds, decoder["layers"], config.num_periods)
 
 
 def reference_norm(config: ModelConfig, p: Any, x: np.ndarray) -> np.ndarray:
@@ -121,16 +139,26 @@ def linear(p: Any, x: np.ndarray) -> np.ndarray:
     return x @ p["kernel"] + p.get("bias", 0)
 
 
-def reference_attention(config: ModelConfig, p: Any, x: np.ndarray, positions: Any, segments: Any) -> np.ndarray:
-    query, key, value = (linear(p[name], x).reshape(len(x), -1, config.head_dim) for name in ("query", "key", "value"))
-    if config.positions == "rotary":
-        half = config.head_dim // 2
-        turn = np.exp(1j * positions[:, None, None] * config.rotary_base ** (-np.arange(half) / half))
+def reference_attention(
+    config: ModelConfig, kind: LayerKind, p: Any, x: np.ndarray, positions: Any, segments: Any
+) -> np.ndarray:
+    is_window = kind.pattern == "window"
+    made = [linear(p[name], x) for name in ("query", "key", "value")]
+    if config.qk_norm and config.qk_norm_over == "projection":
+        made[:2] = [
+            reference_norm(config, p[f"{name}_norm"], y) for name, y in zip(("query", "key"), made, strict=False)
+        ]
+    query, key, value = (y.reshape(len(x), -1, config.head_dim) for y in made)
+    if config.positions == "rotary" and kind.has_positions:
+        half, base = config.head_dim // 2, config.rotary_base
+        base = config.window_rotary_base if is_window and config.window_rotary_base else base
+        turn = np.exp(1j * positions[:, None, None] * base ** (-np.arange(half) / half))
         products = [(y[..., :half] + 1j * y[..., half:]) * turn for y in (query, key)]
         query, key = (np.concatenate([y.real, y.imag], axis=-1) for y in products)
     output = np.zeros_like(query)
     for t, n in np.ndindex(query.shape[:2]):
         seen = [s for s in range(t + 1) if segments[s] == segments[t] != 0]
+        seen = [s for s in seen if t - s < config.window] if is_window else seen
         if seen:
             kv_head = n // (config.num_heads // config.kv_heads)
             weights = np.exp(key[seen, kv_head] @ query[t, n] / np.sqrt(config.head_dim))
@@ -167,8 +195,21 @@ def reference_feedforward(config: ModelConfig, p: Any, x: np.ndarray) -> np.ndar
         },
         {"positions": "sinusoidal", "norm_placement": "post", "activation": "relu", "biases": True},
         {"num_kv_heads": 1, "activation": "geglu", "tied_embeddings": False, "head_width": 12, "biases": True},
+        {
+            "num_layers": 5,
+            "first_layers": "2*attention.window",
+            "layers": "attention@none+attention.window+attention",
+            "window": 3,
+            "window_rotary_base": 20.0,
+            "norm": "rmsnorm",
+            "norm_placement": "output",
+            "qk_norm": True,
+            "qk_norm_over": "projection",
+            "attention_biases": "qkv",
+            "num_kv_heads": 2,
+        },
     ],
-    ids=["gpt2", "llama", "vaswani", "multi-query geglu"],
+    ids=["gpt2", "llama", "vaswani", "multi-query geglu", "first layers, norms of outputs"],
 )
 def test_logits_are_those_of_a_second_implementation(changes, model_config, batch):
     model, params = build(model_config, **changes)
@@ -397,7 +438,7 @@ def test_bfloat16_stays_close_to_float32(model_config, batch):
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "learned", "sinusoidal"),
     "norm": ("layernorm", "rmsnorm"),
-    "norm_placement": ("pre", "post"),
+    "norm_placement": ("pre", "post", "output"),
     "activation": ("gelu", "relu", "swiglu", "geglu"),
     "num_kv_heads": (None, 2),
     "head_width": (None, 6),

@@ -18,7 +18,9 @@ def context_problems(config: Config, parts: str, sizes: Mapping[str, int]) -> It
     wrong = [f"data.{key} = {length}" for key, length in lengths.items() if length % sizes["context"]]
     if wrong:
         yield f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not divisible by {parts}"
-    stacks = {"layers": model.kinds} | ({"encoder_layers": model.encoder_kinds} if model.has_encoder else {})
+    stacks = {"first_layers": model.first_kinds, "layers": model.kinds} | (
+        {"encoder_layers": model.encoder_kinds} if model.has_encoder else {}
+    )
     for key, kinds in stacks.items():
         for mixer in dict.fromkeys(kind.mixer for kind in kinds if kind.mixer in IN_TURN):
             label = f"model.{key} = {getattr(model, key)!r}"

@@ -127,7 +127,9 @@ def refusals(config: Config, name: str, platform: str | None = None) -> Iterator
     model = config.model
     try:
         kinds = [
-            kind for kind in (*model.kinds, *model.encoder_kinds) if kind.mixer in ("attention", "latent_attention")
+            kind
+            for kind in (*model.first_kinds, *model.kinds, *model.encoder_kinds)
+            if kind.mixer in ("attention", "latent_attention")
         ]
         widths = (model.head_dim, model.head_dim)
     except (ValueError, ZeroDivisionError):

@@ -3,11 +3,12 @@
 Each check is loaded when a configuration has what it is about.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from typing import get_args
 
-from transformer.config.model import RECURRENT, LayerKind, LinearMixer, Mixer, ModelConfig
+from transformer.config.model import RECURRENT, LayerKind, LinearMixer, Mixer, ModelConfig, parse_layers
 from transformer.config.schema import Config, DataConfig, DataKind, OptimizerConfig, known_vocab_size, nearest
 
 REMAT_NAMES = ("heads", "mixer_output", "feedforward_hidden")
@@ -48,6 +49,19 @@ def _expert_problems(model: ModelConfig, label: str, is_decoder: bool) -> Iterat
         yield f"{routing} with {label}: {leak}; use 'token_choice'"
     elif model.routing == "expert_choice" and model.balance_bias_rate > 0:
         yield f"{rate}: experts that choose are evenly loaded; leave it at 0 for {routing}"
+    groups, chosen = f"model.num_expert_groups = {model.num_expert_groups}", model.groups_per_token
+    size = model.num_experts // model.num_expert_groups
+    if model.num_expert_groups > 1 and model.routing == "expert_choice":
+        yield f"{groups}: it is tokens that choose groups, and with {routing} they choose nothing"
+    elif model.num_experts % model.num_expert_groups:
+        yield f"{groups} does not divide model.num_experts = {model.num_experts}"
+    elif model.num_expert_groups > 1 and size < 2:
+        yield f"{groups}: model.num_experts = {model.num_experts} makes groups of one, and the best two count"
+    if chosen > model.num_expert_groups:
+        yield f"model.groups_per_token = {chosen}: there are {groups}"
+    elif model.num_expert_groups > 1 and size > 1 and model.experts_per_token > chosen * size:
+        few = f"model.groups_per_token = {chosen} with {groups} leaves a token {chosen * size} experts"
+        yield f"model.experts_per_token = {model.experts_per_token}: {few}"
 
 
 def _latent_problems(model: ModelConfig, label: str) -> Iterator[str]:
@@ -57,6 +71,34 @@ def _latent_problems(model: ModelConfig, label: str) -> Iterator[str]:
         yield f"model.qk_norm = True with {label}: latent_attention normalises what keys and queries are made from"
     if model.positions == "rotary" and model.rotary_head_width % 2:
         yield f"model.rotary_head_width = {model.rotary_head_width}: must be even, for rotary positions turn pairs"
+
+
+def attention_problems(model: ModelConfig) -> Iterator[str]:
+    """Yields a sentence for each key of rotary positions and biases that says something of layers that there are not."""
+    kinds: list[LayerKind] = []
+    for key in ("first_layers", "layers", "encoder_layers"):
+        with contextlib.suppress(ValueError):  # a pattern that cannot be read has a sentence of its own
+            found = parse_layers(getattr(model, key) or "attention")
+            kinds += found
+            without, label = (
+                [kind.mixer for kind in found if not kind.has_positions],
+                f"model.{key} = {getattr(model, key)!r}",
+            )
+            if without and model.positions != "rotary":
+                yield f"{label}: @none leaves out rotary positions, and model.positions = {model.positions!r}"
+            elif other := [mixer for mixer in without if mixer not in _WITH_KEYS]:
+                yield f"{label}: {other[0]}@none is not possible, but attention@none and latent_attention@none"
+    base = f"model.window_rotary_base = {model.window_rotary_base}"
+    if model.window_rotary_base and model.positions != "rotary":
+        yield f"{base}: needs model.positions = 'rotary', not {model.positions!r}"
+    elif model.window_rotary_base and not any(kind.pattern == "window" for kind in kinds):
+        yield f"{base}: no layer of model.layers = {model.layers!r} has a window"
+    if model.rotary_attention_factor and model.rotary_scaling != "yarn":
+        factor = f"model.rotary_attention_factor = {model.rotary_attention_factor}"
+        yield f"{factor}: needs model.rotary_scaling = 'yarn', not {model.rotary_scaling!r}"
+    if model.attention_biases and any(kind.mixer == "latent_attention" for kind in kinds):
+        biases = f"model.attention_biases = {model.attention_biases!r}"
+        yield f"{biases}: latent_attention has biases where model.biases says so"
 
 
 def _linear_problems(model: ModelConfig, label: str, mixer: str, is_encoder: bool) -> Iterator[str]:

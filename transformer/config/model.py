@@ -29,25 +29,27 @@ Activation = Literal["gelu", "gelu_exact", "relu", "relu_squared", "silu", "swig
 
 @dataclass(frozen=True)
 class LayerKind:
-    """One layer: how tokens mix, which keys attention sees, and what follows."""
+    """One layer: how tokens mix, which keys attention sees, what follows, and whether it is told rotary positions."""
 
     mixer: str
     pattern: str = "full"
     feedforward: str = "dense"
+    has_positions: bool = True
 
 
 def parse_layers(text: str) -> tuple[LayerKind, ...]:
     """Returns the kinds of one period of a layer pattern such as `3*attention.window+attention/none`.
 
     Kinds are joined by `+` and may be repeated, `3*`; each is a mixer, then what its attention sees after a dot, then
-    the feed-forward kind after a slash. Raises ValueError for anything else; names are checked by `validation`.
+    `@none` if it is told no positions, then the feed-forward kind after a slash. Raises ValueError for anything else;
+    names are checked by `validation`.
     """
     kinds: list[LayerKind] = []
     for part in text.split("+"):
-        match = re.fullmatch(r"(?:(\d+)\*)?(\w+)(?:\.(\w+))?(?:/(\w+))?", part.strip())
+        match = re.fullmatch(r"(?:(\d+)\*)?(\w+)(?:\.(\w+))?(@none)?(?:/(\w+))?", part.strip())
         if match is None or match[1] == "0" or len(match[1] or "") > 4:
             raise ValueError(f"{part.strip()!r} is not of the form 3*mixer.pattern/feedforward")
-        kind = LayerKind(match[2], match[3] or "full", match[4] or "dense")
+        kind = LayerKind(match[2], match[3] or "full", match[5] or "dense", match[4] is None)
         kinds += [kind] * int(match[1] or 1)
     return tuple(kinds)
 
@@ -67,7 +69,10 @@ class ModelConfig:
     num_encoder_layers: int | None = None
     """Blocks in the encoder of an encoder-decoder; None: as many as in the decoder."""
     layers: str = "attention"
-    """Kinds of layers, repeated up to num_layers: MIXER[.PATTERN][/FEEDFORWARD], joined by + and multiplied by N*."""
+    """Kinds of layers, repeated up to num_layers: MIXER[.PATTERN][@none][/FEEDFORWARD], joined by + and multiplied by N*;
+    a layer with @none is told no rotary positions."""
+    first_layers: str | None = None
+    """The same for layers before those, not repeated and counted in num_layers; in the decoder's of an encoder-decoder."""
     encoder_layers: str | None = None
     """The same for the encoder of an encoder-decoder; None: `layers`."""
     width: int = 256
@@ -89,7 +94,11 @@ class ModelConfig:
     attention_soft_cap: float = 0.0
     """Attention's logits are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
     qk_norm: bool = False
-    """Normalise queries and keys of self-attention, head by head, before their product."""
+    """Normalise queries and keys of self-attention before their product."""
+    qk_norm_over: Literal["head", "projection"] = "head"
+    """What qk_norm normalises: each head, or all heads of a token together."""
+    attention_biases: Literal["none", "qkv", "all"] | None = None
+    """Biases of `attention`: in the maps to queries, keys and values, or in the output's too; None: as biases says."""
     window: int = 128
     """Tokens that a layer of pattern `window` sees, itself included, an encoder's as many after it; so does `dilated`."""
     num_sinks: int = 0
@@ -148,6 +157,14 @@ class ModelConfig:
     """Whether tokens choose experts, or experts tokens, which takes an encoder: it looks at later tokens."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """What makes the router's logits weights of experts."""
+    normalize_expert_weights: bool = True
+    """Divide the weights of a token's experts by their sum, if it has several."""
+    expert_scale: float = 1.0
+    """Factor of what the chosen experts add, but not the shared ones."""
+    num_expert_groups: int = 1
+    """Groups of experts, by the best two of which a token chooses groups first."""
+    groups_per_token: int = 1
+    """Groups among whose experts a token then chooses."""
     expert_capacity_factor: float | None = None
     """Tokens of a row that an expert takes, as a multiple of its even share; None: as many as choose it."""
     balance_loss: float = 0.01
@@ -162,8 +179,8 @@ class ModelConfig:
     # Norms, residuals, scales.
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     """Normalisation: LayerNorm, RMSNorm or none."""
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Normalise the input of each sublayer (pre), the sum with the residual (post), or input and output (sandwich)."""
+    norm_placement: Literal["pre", "post", "sandwich", "output"] = "pre"
+    """Normalise the input of each sublayer (pre), the sum with the residual (post), its output, or both (sandwich)."""
     norm_epsilon: float = 1e-5
     """Added to the variance (LayerNorm) or to the mean square (RMSNorm)."""
     parallel_blocks: bool = False
@@ -200,6 +217,8 @@ class ModelConfig:
     """Rows of the table of learned positions; None: data.sequence_length."""
     rotary_base: float = 10_000.0
     """Base of the geometric series of rotary wavelengths."""
+    window_rotary_base: float | None = None
+    """The same in layers of pattern `window`, which are then not scaled; None: as in the others."""
     rotary_share: float = 1.0
     """Share of each head that is turned."""
     rotary_scaling: Literal["none", "linear", "dynamic_ntk", "yarn", "llama3"] = "none"
@@ -208,6 +227,8 @@ class ModelConfig:
     """Ratio of the new length to rotary_original_length."""
     rotary_original_length: int = 2048
     """Length that the positions were trained for before they were scaled."""
+    rotary_attention_factor: float | None = None
+    """Factor of cosine and sine under `yarn`; None: 0.1 ln(rotary_factor) + 1."""
     num_relative_buckets: int = 32
     """Distances that `relative` positions tell apart."""
     max_relative_distance: int = 128
@@ -278,6 +299,15 @@ class ModelConfig:
     def kinds(self) -> tuple[LayerKind, ...]:
         """One period of the (decoder's) layers."""
         return parse_layers(self.layers)
+
+    @property
+    def first_kinds(self) -> tuple[LayerKind, ...]:
+        """The layers before the first period."""
+        return parse_layers(self.first_layers) if self.first_layers else ()
+
+    @property
+    def num_periods(self) -> int:
+        return (self.num_layers - len(self.first_kinds)) // len(self.kinds)
 
     @property
     def encoder_kinds(self) -> tuple[LayerKind, ...]:

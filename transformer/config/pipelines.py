@@ -18,6 +18,9 @@ def problems_of_stages(config: Config) -> Iterator[str]:
         yield f"{rounds}: {name} needs at least 2; with 1 it is '1f1b'"
     if parallel.stage < 1 or parallel.rounds < 1:
         return
+    if model.first_layers:
+        yield f"model.first_layers = {model.first_layers!r} with {stages}: stages hold equal groups of layers"
+        return
     if parts < parallel.stage:
         yield f"train.num_microbatches = {parts}: must be at least {stages}, or no more than {parts} would work at a time"
     elif parallel.rounds > 1 and parts % parallel.stage:

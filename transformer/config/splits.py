@@ -50,7 +50,7 @@ def problems_of_splits(config: Config, sizes: Sizes) -> list[str]:
 
 def _kinds(config: Config) -> set[LayerKind]:
     model = config.model
-    return {*model.kinds, *(model.encoder_kinds if model.architecture == "encoder_decoder" else ())}
+    return {*model.first_kinds, *model.kinds, *(model.encoder_kinds if model.architecture == "encoder_decoder" else ())}
 
 
 def _is_ruled(config: Config, name: str) -> bool:

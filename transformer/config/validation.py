@@ -163,6 +163,9 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
         yield from importlib.import_module("transformer.config.kinds").remat_problems(model)
     if model.rotary_scaling == "dynamic_ntk":
         yield from importlib.import_module("transformer.config.kinds").scaling_problems(config)
+    own_keys = (model.window_rotary_base, model.rotary_attention_factor, model.attention_biases)
+    if any(own_keys) or "@none" in f"{model.first_layers} {model.layers} {model.encoder_layers}":
+        yield from importlib.import_module("transformer.config.kinds").attention_problems(model)
     yield from _layer_problems(config)
     if model.attention_implementation != "auto":
         yield from importlib.import_module("transformer.config.implementations").problems_of_attention(config, platform)
@@ -178,15 +181,17 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
 def _mixers(model: ModelConfig) -> tuple[set[str], set[str]]:
     """Returns the mixers of the stack and of its encoder, or of itself; none of a pattern that cannot be read."""
     try:
-        return {kind.mixer for kind in model.kinds}, {kind.mixer for kind in model.encoder_kinds}
+        own = {kind.mixer for kind in (*model.first_kinds, *model.kinds)}
+        return own, own if model.architecture == "encoder" else {kind.mixer for kind in model.encoder_kinds}
     except ValueError:
         return set(), set()
 
 
 def _layer_problems(config: Config) -> Iterator[str]:
     """What is wrong with the patterns of layers."""
-    model = config.model
-    depths = {"layers": {"num_layers": model.num_layers}}
+    model, num_first = config.model, 0
+    depths = {"first_layers": {}} if model.first_layers is not None else {}
+    depths |= {"layers": {"num_layers": model.num_layers}}
     if model.architecture == "encoder_decoder":
         key = "layers" if model.encoder_layers is None else "encoder_layers"
         depths.setdefault(key, {})["num_encoder_layers"] = model.encoder_depth
@@ -209,12 +214,17 @@ def _layer_problems(config: Config) -> Iterator[str]:
             yield f"model.num_window_blocks = {model.num_window_blocks}: must be odd, a block and as many on either side"
         if any(kind.mixer != "attention" or kind.feedforward == "experts" for kind in kinds):
             is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
-            is_decoder = key == "layers" and model.has_decoder
+            is_decoder = key != "encoder_layers" and model.has_decoder
             rules = importlib.import_module("transformer.config.kinds")
             yield from rules.problems_of_kinds(config, label, kinds, is_encoder, is_decoder)
+        num_first = len(kinds) if key == "first_layers" else num_first
         for name, depth in stacks.items():
-            if depth > 0 and depth % len(kinds):
-                yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}"
+            first = num_first if name == "num_layers" else 0
+            after = f" after the {first} of model.first_layers = {model.first_layers!r}" if first else ""
+            if first and 0 < depth <= first:
+                yield f"model.{name} = {depth} leaves no layer for {label}{after}"
+            elif depth > 0 and (depth - first) % len(kinds):
+                yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}{after}"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

@@ -21,7 +21,7 @@ from transformer.huggingface.folder import Folder, read_slice
 from transformer.huggingface.header import read_json
 from transformer.huggingface.reading import model_of
 from transformer.huggingface.table import Family, tensors_of
-from transformer.huggingface.translation import canonical, write_config
+from transformer.huggingface.translation import canonical, laid_out, write_config
 from transformer.huggingface.writing import SHARD_SIZE, TYPES, DType, gathered, write
 from transformer.models.parameters import Tree
 
@@ -97,7 +97,7 @@ def verify(path: Path, model: ModelConfig, params: Tree, dtype: DType) -> None:
         jax.tree_util.keystr(key, simple=True, separator="/"): leaf
         for key, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    for tensor in tensors_of(family, canonical(model)):
+    for tensor in tensors_of(family, laid_out(model)):
         stored = folder.tensors[tensor.name]
         wanted = gathered(tensor, leaves, model).astype(TYPES[dtype][1])
         for rows, part in read_slice(stored, tuple(slice(0, size) for size in stored.shape)):

@@ -13,7 +13,7 @@ import numpy as np
 from transformer.config import ModelConfig
 from transformer.huggingface.folder import INDEX, WEIGHTS
 from transformer.huggingface.table import Family, Tensor, tensors_of
-from transformer.huggingface.translation import canonical, write_config
+from transformer.huggingface.translation import laid_out, write_config
 from transformer.models.parameters import Tree
 
 DType = Literal["float32", "bfloat16"]
@@ -36,9 +36,11 @@ def write(
 
     Raises ConfigError if the family cannot say what the model is. In a file that is there already nothing is kept.
     """
-    model = canonical(model)
-    config = write_config(family, model) | {"dtype": dtype, "torch_dtype": dtype} | dict(more or {})
+    # Left out, they would be those of transformers' default, which may lie outside the vocabulary.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = write_config(family, model) | ids | {"dtype": dtype, "torch_dtype": dtype} | dict(more or {})
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model = laid_out(model)
     tensors = tensors_of(family, model)
     itemsize = np.dtype(TYPES[dtype][1]).itemsize
     shards: list[list[Tensor]] = [[]]

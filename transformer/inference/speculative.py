@@ -193,7 +193,10 @@ def check_draft(
         architectures = f"{draft.config.architecture!r} and the model's {model.config.architecture!r}"
         raise ConfigError(f"the draft's model.architecture is {architectures}: both must read prompts in the same way")
     for config in (model.config, draft.config):
-        if any(kind.pattern == "window" for kind in config.kinds) and num_draft_tokens >= config.window:
+        if (
+            any(kind.pattern == "window" for kind in (*config.first_kinds, *config.kinds))
+            and num_draft_tokens >= config.window
+        ):
             window = f"below model.window = {config.window}, the tokens that a layer keeps"
             raise ConfigError(f"--draft-tokens = {num_draft_tokens}: must be {window}")
 

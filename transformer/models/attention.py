@@ -48,10 +48,12 @@ class Heads(nnx.Module):
         self.config = config
         width, head = config.width, config.head_dim
         queries, keys = config.num_heads * head, config.kv_heads * head
-        self.query = Linear(config, (width, queries), ("embed", "heads"))
-        self.key = Linear(config, (width, keys), ("embed", "kv_heads"))
-        self.value = Linear(config, (width, keys), ("embed", "kv_heads"))
-        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_std(config, num_layers))
+        biases = config.attention_biases
+        into, out = (None, None) if biases is None else (biases != "none", biases == "all")
+        self.query = Linear(config, (width, queries), ("embed", "heads"), bias=into)
+        self.key = Linear(config, (width, keys), ("embed", "kv_heads"), bias=into)
+        self.value = Linear(config, (width, keys), ("embed", "kv_heads"), bias=into)
+        self.output = Linear(config, (queries, width), ("heads", "embed"), residual_std(config, num_layers), bias=out)
 
     def keys_and_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Returns the key and the value of every token and head."""
@@ -78,9 +80,11 @@ class SelfAttention(Heads):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
         super().__init__(config, num_layers)
-        self.pattern = make_pattern(config, kind.pattern)
-        self.query_norm = Norm(config, config.head_dim) if config.qk_norm else None
-        self.key_norm = Norm(config, config.head_dim) if config.qk_norm else None
+        self.pattern, self.has_positions = make_pattern(config, kind.pattern), kind.has_positions
+        of_all = config.qk_norm_over == "projection"
+        queries, keys = (config.num_heads, config.kv_heads) if of_all else (1, 1)
+        self.query_norm = Norm(config, queries * config.head_dim) if config.qk_norm else None
+        self.key_norm = Norm(config, keys * config.head_dim) if config.qk_norm else None
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, layer: Int[Array, ""] | int
@@ -88,9 +92,11 @@ class SelfAttention(Heads):
         query = split_heads(self.query(x), self.config.num_heads, "heads")
         key, value = self.keys_and_values(x)
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if context.rotary is not None:
-            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+            query, key = self._normed(self.query_norm, query), self._normed(self.key_norm, key)
+        is_own = self.window is not None and context.window_rotary is not None
+        rotary = context.window_rotary if is_own else context.rotary
+        if rotary is not None and self.has_positions:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         mask = context.mask(self.pattern)
         if cache is not None:
             new = {"key": key, "value": value}
@@ -101,6 +107,11 @@ class SelfAttention(Heads):
             else:
                 cache, (key, value), mask = _remember_window(cache, layer, new, context, mask, self.window.num_sinks)
         return self.attended(query, key, value, mask, context.bias), cache
+
+    def _normed(self, norm: Norm, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Returns heads normalised one by one (Henry et al. 2020, arXiv:2010.04245), or together (OLMo 2, arXiv:2501.00656)."""
+        joined = x.reshape(*x.shape[:2], -1) if self.config.qk_norm_over == "projection" else x
+        return norm(joined).reshape(x.shape)
 
     @property
     def window(self) -> Pattern | None:

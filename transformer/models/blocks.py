@@ -26,16 +26,20 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int, causal: bool, reads_encoder: bool):
         self.config, self.mixer_reads = config, reads_encoder and reads_memory(config, kind)
-        self.mixer_norm, self.mixer = Norm(config), make_mixer(config, kind, num_layers, causal, reads_encoder)
+        has_input_norm, has_output_norm = (
+            config.norm_placement != "output",
+            config.norm_placement in ("sandwich", "output"),
+        )
+        self.mixer_norm = Norm(config) if has_input_norm else None
+        self.mixer = make_mixer(config, kind, num_layers, causal, reads_encoder)
         self.cross = make_cross_attention(config, num_layers) if reads_encoder else None
-        self.cross_norm = None if self.cross is None else Norm(config)
+        self.cross_norm = Norm(config) if has_input_norm and self.cross is not None else None
         self.feedforward = make_feedforward(config, kind, num_layers)
         has_norm = self.feedforward is not None and not config.parallel_blocks
-        self.feedforward_norm = Norm(config) if has_norm else None
-        is_sandwich = config.norm_placement == "sandwich"
-        self.mixer_output_norm = Norm(config) if is_sandwich else None
-        self.cross_output_norm = Norm(config) if is_sandwich and self.cross is not None else None
-        self.feedforward_output_norm = Norm(config) if is_sandwich and has_norm else None
+        self.feedforward_norm = Norm(config) if has_input_norm and has_norm else None
+        self.mixer_output_norm = Norm(config) if has_output_norm else None
+        self.cross_output_norm = Norm(config) if has_output_norm and self.cross is not None else None
+        self.feedforward_output_norm = Norm(config) if has_output_norm and has_norm else None
 
     def __call__(
         self,
@@ -87,15 +91,14 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B T D"]:
         config = self.config
-        assert norm is not None
         is_post = config.norm_placement == "post"
-        update = sublayer(x if is_post else norm(x))
+        update = sublayer(x if is_post or norm is None else norm(x))
         update = update if output_norm is None else output_norm(update)
         update = dropout(update, config.dropout, key)
         if config.residual_scale != 1:
             update = update * config.residual_scale
         x = constrain(x + update if config.residuals else update, "batch", "residual_length", "hidden")
-        return norm(x) if is_post else x
+        return norm(x) if is_post and norm is not None else x
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
         """Returns what the block remembers, by part."""
@@ -138,7 +141,8 @@ def add_auxiliary(total: Auxiliary, more: Auxiliary) -> Auxiliary:
 
 
 class Stack(nnx.Module):
-    """A number of blocks whose parameters are stacked, kind by kind, and the norm at their end."""
+    """A number of blocks whose parameters are stacked, kind by kind, and the norm at their end. `first` are those of the
+    blocks before the first period of `kinds`."""
 
     def __init__(
         self,
@@ -147,11 +151,19 @@ class Stack(nnx.Module):
         num_layers: int,
         causal: bool,
         reads_encoder: bool = False,
+        first: Sequence[LayerKind] = (),
     ):
-        self.config, self.causal, self.num_periods = config, causal, num_layers // len(kinds)
-        assert self.num_periods * len(kinds) == num_layers, "validated"
-        blocks = [Block(config, kind, num_layers, causal, reads_encoder) for kind in kinds]
-        self.layers = stack(blocks[0] if len(blocks) == 1 else Period(blocks), self.num_periods)
+        self.config, self.causal = config, causal
+
+        def stacked(kinds: Sequence[LayerKind], count: int) -> Any:
+            blocks = [Block(config, kind, num_layers, causal, reads_encoder) for kind in kinds]
+            return stack(blocks[0] if len(blocks) == 1 else Period(blocks), count)
+
+        self.num_periods = (num_layers - len(first)) // len(kinds)
+        assert self.num_periods * len(kinds) + len(first) == num_layers, "validated"
+        self.layers = stacked(kinds, self.num_periods)
+        self.num_first = len(first) if len(set(first)) == 1 else 1  # equal ones are one kind several times
+        self.first = stacked(first[: len(first) // self.num_first], self.num_first) if first else None
         self.final_norm = None if config.norm_placement == "post" else Norm(config)
         self.bias = make_bias(config, causal)
 
@@ -159,15 +171,30 @@ class Stack(nnx.Module):
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Auxiliary]:
         context = dataclasses.replace(context, bias=None if self.bias is None else self.bias())
-        x, cache, auxiliary = self.run(parameter_specs(self.layers), x, context, cache, key)
+        before, found, rest = None, {}, cache
+        if self.first is not None:
+            before, rest = (None, None) if cache is None else (cache["first"], cache["rest"])
+            specs = parameter_specs(self.first)
+            x, before, found = self.run(specs, x, context, before, fold_in(key, -4), module=self.first)
+        x, rest, auxiliary = self.run(parameter_specs(self.layers), x, context, rest, key)
+        auxiliary = add_auxiliary(found, auxiliary)
+        cache = rest if before is None else {"first": before, "rest": rest}
         with jax.named_scope("final_norm"):
             return x if self.final_norm is None else self.final_norm(x), cache, auxiliary
 
     def run(
-        self, stacked: Tree, x: Array, context: Context, cache: Cache | None, key: PRNGKeyArray | None, first: Any = 0
+        self,
+        stacked: Tree,
+        x: Array,
+        context: Context,
+        cache: Cache | None,
+        key: PRNGKeyArray | None,
+        first: Any = 0,
+        module: Any = None,
     ) -> tuple[Array, Cache | None, Auxiliary]:
         """Runs the layers whose parameters are `stacked`, some of the stack's in a row or all, from number `first` on."""
-        config, module, depth = self.config, self.layers, len(jax.tree.leaves(stacked)[0])
+        config, module = self.config, self.layers if module is None else module
+        depth = len(jax.tree.leaves(stacked)[0])
 
         def run(parameters: Tree, x: Any, context: Context, cache: Any, layer: Any, key: Any) -> Any:
             return bind(module, parameters)(x, context, cache, layer, fold_in(key, layer))
@@ -192,8 +219,13 @@ class Stack(nnx.Module):
 
     def cache_specs(self, batch_size: int, length: int, source_length: int) -> Cache:
         """Returns what all layers remember, with a leading dimension for those of one kind."""
-        specs = self.layers.cache_specs(batch_size, length, source_length)
-        return map_cache(lambda spec: spec.stacked(self.num_periods), specs)
+
+        def stacked(layers: Any, count: int) -> Cache:
+            specs = layers.cache_specs(batch_size, length, source_length)
+            return map_cache(lambda spec: spec.stacked(count), specs)
+
+        rest = stacked(self.layers, self.num_periods)
+        return rest if self.first is None else {"first": stacked(self.first, self.num_first), "rest": rest}
 
 
 def rematerialized(config: ModelConfig, run: Callable[..., Any], prevent_cse: bool = True) -> Callable[..., Any]:

@@ -64,6 +64,8 @@ class Experts(nnx.Module):
                 y = dropless(config, weights, x, choices)
             else:
                 y, auxiliary["statistics"]["expert_dropped"] = with_capacity(config, weights, x, choices)
+        if config.expert_scale != 1:
+            y = y * config.expert_scale
         if self.shared is not None:
             y = y + self.shared(x, context)[0]
         return constrain(y, "batch", "length", "hidden"), auxiliary

@@ -71,12 +71,18 @@ def forward_products(config: ModelConfig, length: int, source_length: int = 0) -
             products = (*mixer_products(config, kind, tokens, causal), *_feedforward(config, kind, tokens))
             found.extend(product.times(layers // len(kinds), name) for product in products)
 
+    def main(name: str, causal: bool) -> None:
+        first = config.first_kinds
+        stack(name, first, len(first), length, causal)
+        stack(name, config.kinds, config.num_layers - len(first), length, causal)
+
     if config.has_encoder:
-        both = config.has_decoder
-        depth, tokens = (config.encoder_depth, source_length) if both else (config.num_layers, length)
-        stack("encoder", config.encoder_kinds, depth, tokens, False)
+        if config.has_decoder:
+            stack("encoder", config.encoder_kinds, config.encoder_depth, source_length, False)
+        else:
+            main("encoder", False)
     if config.has_decoder:
-        stack("decoder", config.kinds, config.num_layers, length, True)
+        main("decoder", True)
         if config.has_encoder:
             found.extend(_cross(config, length, source_length))
     if config.num_future_tokens:
@@ -224,7 +230,8 @@ def _cross(config: ModelConfig, length: int, source: int) -> Iterator[Product]:
         yield from yielded(
             maps, {"query_key": length * source * width, "weights_value": length * source * width}, layers
         )
-    for kind in config.kinds if config.cross_attention == "bahdanau" else ():
+    counts = [(kind, 1) for kind in config.first_kinds] + [(kind, config.num_periods) for kind in config.kinds]
+    for kind, count in counts if config.cross_attention == "bahdanau" else ():
         state, (inputs, products) = config.recurrent_dim, _gates(kind.mixer)
         if products:
             # What was read is mapped to the output, and with it a state that would need no map by itself.
@@ -236,7 +243,7 @@ def _cross(config: ModelConfig, length: int, source: int) -> Iterator[Product]:
             }
             maps["key"] = source * width * state
             scores = {"query_key": length * source * state, "weights_value": length * source * width}
-            yield from yielded(maps, scores, layers // len(config.kinds))
+            yield from yielded(maps, scores, count)
 
 
 def active_parameters(config: ModelConfig, specs: Tree) -> int:

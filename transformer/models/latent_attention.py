@@ -15,7 +15,7 @@ from transformer.models.dot_product import attend
 from transformer.models.layers import Linear, Norm, residual_std
 from transformer.models.mixers import Context
 from transformer.models.patterns import make_pattern
-from transformer.models.rotary import rotary_angles, rotate
+from transformer.models.rotary import own_rotary, rotary_angles, rotate
 
 
 class LatentAttention(nnx.Module):
@@ -26,7 +26,7 @@ class LatentAttention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, kind: LayerKind, num_layers: int):
-        self.config, self.pattern = config, make_pattern(config, kind.pattern)
+        self.config, self.kind, self.pattern = config, kind, make_pattern(config, kind.pattern)
         heads, head, rotary = config.num_heads, config.head_dim, config.rotary_head_width
         width, latent, query_latent = config.width, config.latent_width, config.query_latent_width
         self.latent = Linear(config, (width, latent), ("embed", "latent"))
@@ -49,8 +49,9 @@ class LatentAttention(nnx.Module):
             x = self.query_norm(self.query_latent(x))
         query = split_heads(self.query(x), config.num_heads, "heads")
         query, rotary_query = query[..., : config.head_dim], query[..., config.head_dim :]
-        if config.positions == "rotary":
-            angles = rotary_angles(context.tokens.positions, config, config.rotary_head_width)
+        if config.positions == "rotary" and self.kind.has_positions:
+            own = own_rotary(config, self.kind)
+            angles = rotary_angles(context.tokens.positions, own, config.rotary_head_width)
             rotary_key, rotary_query = rotate(rotary_key, angles), rotate(rotary_query, angles)
         mask = context.mask(self.pattern)
         if cache is not None:

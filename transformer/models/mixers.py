@@ -39,6 +39,8 @@ class Context:
     index: Int[Array, ""] | None = None
     """Column of the cache where the new tokens go; None: there is no cache."""
     rotary: Angles | None = None
+    window_rotary: Angles | None = None
+    """Those of layers with a window, where they have a base of their own."""
     bias: Bias | None = None
     memory: Memory | None = None
     causal: bool = True
@@ -49,7 +51,8 @@ class Context:
 
 
 jax.tree_util.register_dataclass(Memory, ["hidden", "tokens"], [])
-jax.tree_util.register_dataclass(Context, ["tokens", "columns", "index", "rotary", "bias", "memory"], ["causal"])
+_ARRAYS = ["tokens", "columns", "index", "rotary", "window_rotary", "bias", "memory"]
+jax.tree_util.register_dataclass(Context, _ARRAYS, ["causal"])
 
 
 @runtime_checkable

@@ -1,12 +1,13 @@
 """Rotary positions: queries and keys are turned, so that their products depend on distances alone."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from transformer.config import ModelConfig
+from transformer.config import LayerKind, ModelConfig
 from transformer.models.positions import Angles
 
 
@@ -39,7 +40,9 @@ def rotary_frequencies(config: ModelConfig, head_width: int) -> tuple[Float[np.n
 
         low, high = max(math.floor(plane(32.0)), 0), min(math.ceil(plane(1.0)), width - 1)
         ramp = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0, 1)
-        attention_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        attention_factor = config.rotary_attention_factor
+        if attention_factor is None:
+            attention_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         return frequencies * (1 - ramp) + frequencies / factor * ramp, attention_factor
     return frequencies, 1.0
 
@@ -61,6 +64,24 @@ def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig, head_width:
     angles = positions[..., None, None].astype(jnp.float32) * steps
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     return (cosine, sine) if factor == 1.0 else (factor * cosine, factor * sine)
+
+
+def angles_of_layers(positions: Int[Array, "B T"], config: ModelConfig) -> dict[str, Angles]:
+    """Returns the angles of the layers by their names in a `Context`."""
+    kinds = {"rotary": LayerKind("attention")}
+    if config.window_rotary_base is not None:
+        kinds["window_rotary"] = LayerKind("attention", "window")
+    return {name: rotary_angles(positions, own_rotary(config, kind), config.head_dim) for name, kind in kinds.items()}
+
+
+def own_rotary(config: ModelConfig, kind: LayerKind) -> ModelConfig:
+    """Returns the configuration with the base and scaling of a layer of this kind.
+
+    Layers with a window never see far, so that theirs need no long wavelengths (Gemma 3, arXiv:2503.19786, section 2).
+    """
+    if kind.pattern != "window" or config.window_rotary_base is None:
+        return config
+    return dataclasses.replace(config, rotary_base=config.window_rotary_base, rotary_scaling="none")
 
 
 def rotate(x: Float[Array, "B T N H"], angles: Angles) -> Float[Array, "B T N H"]:

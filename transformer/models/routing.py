@@ -62,10 +62,12 @@ class Router(nnx.Module):
         """
         config, scores = self.config, found.scores
         preferred = scores if self.bias is None else scores + self.bias[...]
+        if config.num_expert_groups > 1:
+            preferred = within_groups(config, preferred)
         _, experts = jax.lax.top_k(jax.lax.stop_gradient(preferred), config.experts_per_token)
         # A comparison instead of a gather: its gradient is a fused elementwise product and not a scatter.
         weights = jnp.sum(jnp.where(_one_hot(experts, config), scores[:, :, None], 0), axis=-1)
-        if config.experts_per_token > 1:
+        if config.experts_per_token > 1 and config.normalize_expert_weights:
             weights = weights / _positive(jnp.sum(weights, axis=-1, keepdims=True))
         return Choices(jnp.where(is_token[:, :, None], experts, config.num_experts), weights)
 
@@ -104,6 +106,18 @@ class Router(nnx.Module):
             "load_entropy": (-jnp.sum(shares * jnp.log(_positive(shares))), rows),
         }
         return {"losses": losses, "statistics": statistics}
+
+
+def within_groups(config: ModelConfig, preferred: Float[Array, "B T X"]) -> Float[Array, "B T X"]:
+    """Returns the scores with minus infinity for experts of groups that the token does not choose.
+
+    A group, the experts of one machine, counts as much as its best two together (DeepSeek-V3, section 2.1.2, where a token
+    has two experts a machine): a token travels to `groups_per_token` machines at most.
+    """
+    groups = preferred.reshape(*preferred.shape[:2], config.num_expert_groups, -1)
+    _, chosen = jax.lax.top_k(jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1), config.groups_per_token)
+    is_chosen = jnp.any(chosen[..., None] == jnp.arange(config.num_expert_groups), axis=2)
+    return jnp.where(is_chosen[..., None], groups, -jnp.inf).reshape(preferred.shape)
 
 
 def choose_tokens(

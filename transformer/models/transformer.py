@@ -63,8 +63,10 @@ class Transformer(nnx.Module):
         is_learned = config.positions == "learned"
         self.positions = parameter(learned, ("positions", "embed"), init, "embedding") if is_learned else None
         depth = config.encoder_depth if config.has_decoder else config.num_layers
-        self.encoder = Stack(config, config.encoder_kinds, depth, causal=False) if config.has_encoder else None
-        decoder = (config, config.kinds, config.num_layers, True, config.has_encoder)
+        first = () if config.has_decoder else config.first_kinds
+        encoder = (config, config.encoder_kinds, depth, False, False, first)
+        self.encoder = Stack(*encoder) if config.has_encoder else None
+        decoder = (config, config.kinds, config.num_layers, True, config.has_encoder, config.first_kinds)
         self.decoder = Stack(*decoder) if config.has_decoder else None
         has_head = not (config.tied_embeddings or config.num_labels)
         self.head = parameter(rows, ("vocab", "embed"), init, "head", padding) if has_head else None
@@ -95,7 +97,7 @@ class Transformer(nnx.Module):
             columns = Tokens(cache["positions"], cache["segment_ids"], cache.get("prefix"))
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
-        context = Context(tokens, columns, index, self._angles(tokens.positions), None, memory, stack.causal)
+        context = Context(tokens, columns, index, memory=memory, causal=stack.causal, **self._angles(tokens.positions))
         x = self._embed(batch["inputs"], tokens.positions, fold_in(key, -1))
         x, layers, found = stack(x, context, None if cache is None else cache["layers"], key)
         cache = None if cache is None else cache | {"layers": layers}
@@ -129,7 +131,7 @@ class Transformer(nnx.Module):
         tokens = Tokens(batch["encoder_positions"], batch["encoder_segment_ids"])
         with jax.named_scope("encoder"):
             x = self._embed(batch["encoder_inputs"], tokens.positions, fold_in(key, -1))
-            context = Context(tokens, tokens, rotary=self._angles(tokens.positions), causal=False)
+            context = Context(tokens, tokens, causal=False, **self._angles(tokens.positions))
             x, _, found = self.encoder(x, context, None, key)
         auxiliary.append(prefixed("encoder", found))
         return Memory(x, tokens)
@@ -154,12 +156,11 @@ class Transformer(nnx.Module):
             entered["memory"] = places
         return cache | entered
 
-    def _angles(self, positions: Int[Array, "B T"]) -> Angles | None:
-        config = self.config
-        if config.positions != "rotary":
-            return None
+    def _angles(self, positions: Int[Array, "B T"]) -> dict[str, Angles]:
+        if self.config.positions != "rotary":
+            return {}
         rotary = importlib.import_module("transformer.models.rotary")
-        return jax.tree.map(materialize, rotary.rotary_angles(positions, config, config.head_dim))
+        return jax.tree.map(materialize, rotary.angles_of_layers(positions, self.config))
 
     def _embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], key: PRNGKeyArray | None

@@ -130,7 +130,7 @@ def _compiled(config: Config, topology: Topology, periods: tuple[int, ...]) -> A
 
     if not periods:
         return compile_for(config, topology)
-    total = config.model.num_layers // len(config.model.kinds)
+    total = config.model.num_periods
     if periods[1] > total:
         raise ConfigError(f"--periods = {periods}: the model has {total} of layers")
     few, more = (compile_for(config, topology, count) for count in periods)

@@ -192,7 +192,7 @@ def at_depth(config: Config, num_periods: int | None) -> Config:
     from transformer.config import replace
 
     model = config.model
-    depth = {"num_layers": num_periods * len(model.kinds)}
+    depth = {"num_layers": len(model.first_kinds) + num_periods * len(model.kinds)}
     if model.architecture == "encoder_decoder":
         depth["num_encoder_layers"] = num_periods * len(model.encoder_kinds)
     return replace(config, model=depth)
@@ -290,7 +290,7 @@ def extrapolated(few: Compiled, more: Compiled, periods: tuple[int, int], config
     """Returns what two depths say of the whole: every byte and every count that grows with the layers grows on evenly."""
     import dataclasses
 
-    total = config.model.num_layers // len(config.model.kinds)
+    total = config.model.num_periods
     share = (total - periods[0]) / (periods[1] - periods[0])
 
     def beyond(one: int, two: int) -> int:
