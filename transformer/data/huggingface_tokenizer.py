@@ -7,8 +7,9 @@ import numpy as np
 from transformer.config import ConfigError, write_atomically
 from transformer.data.tokenizers import Ids, between, hash_of, save_config
 
+# T5 begins what it writes with padding.
 _ENDS = {
-    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
+    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>", "<pad>"),
     "end": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[SEP]"),
 }
 

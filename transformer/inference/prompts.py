@@ -104,6 +104,8 @@ def encode_prompts(
         begins = [np.append(first, tokenizer.encode(prompt.split(gap)[0] if gap else prompt)) for prompt in prompts]
         return Prompts(batch | ({"prefix": batch["segment_ids"] == 1} if prefix else {}), begins)
     sources = [np.append(text, tokenizer.eos).astype(np.int32) for text in texts]
+    if model.config.decoder_start_token is not None:
+        first = np.array([model.config.decoder_start_token], np.int32)
     begins = [np.concatenate([first, tokenizer.encode(begin)]).astype(np.int32)] * len(texts)
     read = _columns("encoder_", sources, width, left=False)
     return Prompts(read | _columns("", begins, len(begins[0]), left=True), begins)
