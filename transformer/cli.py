@@ -17,6 +17,7 @@ from transformer.benchmarks.measure import check_destination
 from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, place, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
+from transformer.inference.embed import EmbedOptions
 from transformer.plans.command import PlanOptions
 from transformer.studies import STUDIES
 
@@ -183,6 +184,15 @@ def generate(options: GenerateOptions) -> int:
     if problems := command.problems_of(options):
         raise ConfigError(problems)
     command.write_texts(options, *_open(options.workdir, options.config))
+    return 0
+
+
+def embed(options: EmbedOptions) -> int:
+    from transformer.inference.embed import problems_of, write_vectors
+
+    if problems := problems_of(options):
+        raise ConfigError(problems)
+    write_vectors(options, *_open(options.workdir, options.config))
     return 0
 
 
@@ -360,6 +370,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
+    "embed": (EmbedOptions, "turn texts into vectors, for search and comparison"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "benchmark": (BenchmarkOptions, f"what machine and configuration can do: {', '.join(BENCHMARKS)}"),
     "plan": (PlanOptions, "memory, collectives and time of the step on a pod that is not here"),

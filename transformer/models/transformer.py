@@ -91,7 +91,7 @@ class Transformer(nnx.Module):
         auxiliary: list[Auxiliary] = []
         memory = None
         if self.encoder is not None and self.decoder is not None:
-            memory = self._read(batch, cache, fold_in(key, -2), auxiliary)
+            memory = self.read(batch, cache, fold_in(key, -2), auxiliary)
         tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get("prefix"))
         columns, index = tokens, None
         if cache is not None:
@@ -125,8 +125,12 @@ class Transformer(nnx.Module):
             cache,
         )
 
-    def _read(
-        self, batch: Mapping[str, Array], cache: Cache | None, key: PRNGKeyArray | None, auxiliary: list[Auxiliary]
+    def read(
+        self,
+        batch: Mapping[str, Array],
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+        auxiliary: list[Auxiliary] | None = None,
     ) -> Memory:
         """Returns what the decoder reads; adds the encoder's terms, under names of their own, to `auxiliary`."""
         if "encoder_inputs" not in batch:
@@ -139,7 +143,8 @@ class Transformer(nnx.Module):
             x = self._embed(batch["encoder_inputs"], tokens.positions, fold_in(key, -1), types)
             context = Context(tokens, tokens, rotary=self._angles(tokens.positions), causal=False)
             x, _, found = self.encoder(x, context, None, key)
-        auxiliary.append(prefixed("encoder", found))
+        if auxiliary is not None:
+            auxiliary.append(prefixed("encoder", found))
         return Memory(x, tokens)
 
     def _enter(self, cache: Cache, tokens: Tokens, memory: Memory | None) -> Cache:
