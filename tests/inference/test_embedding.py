@@ -54,7 +54,9 @@ def test_a_text_is_cut_between_its_ends() -> None:
     ids = tokens_of(model, TOKENIZER, "abcdef", 5)
     assert ids.tolist() == [TOKENIZER.bos, *TOKENIZER.encode("abc").tolist(), TOKENIZER.eos]
     long = "a faded cafe " * 5
-    with pytest.raises(ConfigError, match=r"a text of 67 tokens is longer than model\.num_positions = 32.*max-tokens 32"):
+    with pytest.raises(
+        ConfigError, match=r"a text of 67 tokens is longer than model\.num_positions = 32.*max-tokens 32"
+    ):
         embed(model, params, TOKENIZER, [long])
     assert embed(model, params, TOKENIZER, [long], max_tokens=32).shape == (1, 16)
     with pytest.raises(ConfigError, match=r"--pool = 'pooler': the model has none"):

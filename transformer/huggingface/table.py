@@ -47,6 +47,8 @@ class Line:
     """Dimension of theirs along which parts are joined and reordered."""
     groups: str = ""
     """Attribute of ModelConfig that counts groups (heads) along `axis`, each of which has a share of all parts; "": one group."""
+    when: Callable[[ModelConfig], bool] | None = None
+    """Of which models it holds, where that they have the parameter does not tell; None: of all that have it."""
     offset: float = 0.0
     """Ours less theirs: 1 for norms that multiply by 1 + w. Exact for what was read so; w itself may be rounded."""
 
@@ -113,6 +115,10 @@ class Family:
     """Tensors that some files repeat under another name; they must be equal."""
     ignored: tuple[str, ...] = ()
     """Patterns (regular expressions) of tensors that are no parameters: masks, frequencies."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Patterns in names of tensors that older files have, and what stands there now."""
+    told_by_tensors: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """From config.json and a file's tensors (`Stored`, by name) to config.json with what only the tensors tell."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,8 @@ def tensors_of(family: Family, model: ModelConfig) -> list[Tensor]:
     found: list[Tensor] = []
     covered: set[str] = set()
     for line in family.lines:
+        if line.when is not None and not line.when(model):
+            continue
         first, *others = line.parts
         for number, (block, path, spec) in enumerate(single.get(first.path, ())):
             joined = [(first, path, spec)] + [(part, *single[part.path][number][1:]) for part in others]
@@ -217,7 +225,7 @@ def _places(line: Line, model: ModelConfig, parts: Sequence[Part], sizes: Sequen
 
 def is_head(name: str) -> bool:
     """Returns whether a tensor belongs to the head, whose name never has the family's prefix."""
-    return name.startswith(("lm_head.", "cls."))
+    return name.startswith(("lm_head.", "cls.", "classifier."))
 
 
 def pattern_of(kinds: Sequence[str]) -> str:

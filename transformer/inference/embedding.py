@@ -78,7 +78,9 @@ def embed(
     longest, places = max(map(len, ids)), model.config.num_positions or 0
     if model.config.positions == "learned" and longest > places:
         known = f"model.num_positions = {places}, the positions that the model has learned"
-        raise ConfigError(f"a text of {longest} tokens is longer than {known}: --max-tokens {places} leaves out the rest")
+        raise ConfigError(
+            f"a text of {longest} tokens is longer than {known}: --max-tokens {places} leaves out the rest"
+        )
     found = np.zeros((len(texts), model.config.width), np.float32)
     with placing(params) as put:
         for rows in batches_by_length(tokenizer, texts, batch_size):

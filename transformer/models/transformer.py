@@ -63,7 +63,9 @@ class Transformer(nnx.Module):
         is_learned = config.positions == "learned"
         self.positions = parameter(learned, ("positions", "embed"), init, "embedding") if is_learned else None
         types = (config.num_token_types, config.width)
-        self.token_types = parameter(types, ("positions", "embed"), init, "embedding") if config.num_token_types else None
+        self.token_types = (
+            parameter(types, ("positions", "embed"), init, "embedding") if config.num_token_types else None
+        )
         self.embedding_norm = Norm(config) if config.embedding_norm else None
         depth = config.encoder_depth if config.has_decoder else config.num_layers
         self.encoder = Stack(config, config.encoder_kinds, depth, causal=False) if config.has_encoder else None
@@ -72,7 +74,9 @@ class Transformer(nnx.Module):
         has_head = not (config.tied_embeddings or config.num_labels)
         self.head = parameter(rows, ("vocab", "embed"), init, "head", padding) if has_head else None
         asks = config.head_transform or config.head_bias or config.pooler
-        before = importlib.import_module("transformer.models.heads").make_heads(config, padding) if asks else (None,) * 3
+        before = (
+            importlib.import_module("transformer.models.heads").make_heads(config, padding) if asks else (None,) * 3
+        )
         self.head_transform, self.head_bias, self.pooler = before
         labels = ((config.width, config.num_labels), ("embed", "labels"), config.initial_scale, "head", True)
         self.classifier = Linear(config, *labels) if config.num_labels else None
@@ -196,7 +200,12 @@ class Transformer(nnx.Module):
             elif config.positions == "sinusoidal":
                 x = x + sinusoidal_positions(positions, config.width).astype(x.dtype)
             if self.token_types is not None:
-                x = x + constrain(self.token_types[...].astype(x.dtype), "positions", "hidden")[0 if types is None else types]
+                x = (
+                    x
+                    + constrain(self.token_types[...].astype(x.dtype), "positions", "hidden")[
+                        0 if types is None else types
+                    ]
+                )
             x = x if self.embedding_norm is None else self.embedding_norm(x)
             return constrain(dropout(x, config.dropout, key), "batch", "residual_length", "hidden")
 

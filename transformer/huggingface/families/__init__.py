@@ -9,6 +9,9 @@ FAMILIES: dict[str, str] = {
     "gpt2": "transformer.huggingface.families.gpt2",
     "llama": "transformer.huggingface.families.llama",
     "mistral": "transformer.huggingface.families.mistral",
+    "bert": "transformer.huggingface.families.bert",
+    "t5": "transformer.huggingface.families.t5",
+    "mt5": "transformer.huggingface.families.mt5",
 }
 """Module by model_type; each has a table, FAMILY. The order is that in which an export looks for one that fits."""
 
