@@ -56,9 +56,12 @@ def _write_head(model: ModelConfig) -> dict[str, Any]:
 
 
 def _told_by_tensors(theirs: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """A class that does not use the pooler may have been saved with it, and one that does without."""
+    """A class that does not use the pooler may have been saved with it, and one that does without; some files name none."""
     has_pooler = any(name.endswith("pooler.dense.weight") for name in tensors)
-    return dict(theirs) if "add_pooling_layer" in theirs else {**theirs, "add_pooling_layer": has_pooler}
+    name = "BertForMaskedLM" if "cls.predictions.bias" in tensors else "BertModel"
+    if "classifier.weight" in tensors:
+        name = "BertForSequenceClassification" if has_pooler else "BertForTokenClassification"
+    return {"architectures": [name], "add_pooling_layer": has_pooler, **theirs}
 
 
 FAMILY = Family(
@@ -83,7 +86,6 @@ FAMILY = Family(
         *linear("pooler.dense", "pooler"),
         *linear("cls.predictions.transform.dense", "head_transform/dense"),
         *norm("cls.predictions.transform.LayerNorm", "head_transform/norm"),
-        Line("cls.predictions.decoder.weight", "head"),
         Line("cls.predictions.bias", "head_bias"),
         *linear("classifier", "classifier"),
     ),
@@ -97,7 +99,6 @@ FAMILY = Family(
         Key("max_position_embeddings", "num_positions", 512),
         Key("type_vocab_size", "num_token_types", 2),
         Key("layer_norm_eps", "norm_epsilon", 1e-12),
-        Key("tie_word_embeddings", "tied_embeddings", True),
     ),
     constants={
         "architecture": "encoder",
@@ -107,11 +108,18 @@ FAMILY = Family(
         "norm_placement": "post",
         "biases": True,
         "embedding_norm": True,
+        "tied_embeddings": True,
     },
     translations=(
         Translation(("architectures", "add_pooling_layer", "id2label", "num_labels"), _read_head, _write_head),
     ),
-    fixed={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    # A head that is not tied has two biases in transformers, of which one is used, and which depends on the release.
+    fixed={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
     harmless=("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "label2id"),
     repeats={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
