@@ -40,6 +40,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        self.mask = next((vocabulary[name] for name in ("[MASK]", "<mask>") if name in vocabulary), None)
         self._settings = settings or {}
         keys = {"begin": "bos_token", "end": "eos_token"}
         given = {what: _name(self._settings.get(key)) for what, key in keys.items()}
