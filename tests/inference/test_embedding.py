@@ -39,7 +39,7 @@ def test_vectors_are_those_of_each_text_alone(architecture: str) -> None:
         ids = tokens_of(model, TOKENIZER, text)
         assert ids.tolist() == [*begin, *TOKENIZER.encode(text).tolist(), TOKENIZER.eos]
         states = states_of(model, params, ids)
-        expected = {"mean": states.mean(0), "first": states[0], "last": states[-1]}
+        expected: dict[Any, Any] = {"mean": states.mean(0), "first": states[0], "last": states[-1]}
         if architecture == "encoder":
             expected["pooler"] = np.tanh(states[0] @ params["pooler"]["kernel"])
         for pool, vector in expected.items():
