@@ -21,6 +21,7 @@ from transformer.huggingface import command as huggingface
 from transformer.huggingface.command import CompareOptions, ExportOptions, ImportOptions
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
+from transformer.inference.embed import EmbedOptions
 from transformer.plans.command import PlanOptions
 from transformer.studies import STUDIES
 
@@ -187,6 +188,15 @@ def generate(options: GenerateOptions) -> int:
     if problems := command.problems_of(options):
         raise ConfigError(problems)
     command.write_texts(options, *_open(options.workdir, options.config))
+    return 0
+
+
+def embed(options: EmbedOptions) -> int:
+    from transformer.inference.embed import problems_of, write_vectors
+
+    if problems := problems_of(options):
+        raise ConfigError(problems)
+    write_vectors(options, *_open(options.workdir, options.config))
     return 0
 
 
@@ -376,6 +386,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
+    "embed": (EmbedOptions, "turn texts into vectors, for search and comparison"),
     "import": (ImportOptions, "make a run of a published model, of a folder or of the hub"),
     "export": (ExportOptions, "write a run as transformers reads it"),
     "compare": (CompareOptions, "compare the model of a run with another's, array by array"),

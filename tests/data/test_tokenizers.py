@@ -63,6 +63,33 @@ def hugging_face_json(texts: list[str], special: tuple[str, ...] = ("<|endoftext
     return model.to_str()
 
 
+def test_a_tokenizer_of_bert_puts_cls_and_sep_around_a_text(tmp_path: Path) -> None:
+    """They are its own marks, which its post-processor is not asked for: an encoder's texts and ours are the same."""
+    library = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "##ing", "##s", "he", "cafe", "!"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    model = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    model.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    model.decoder = library.decoders.WordPiece()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    model.post_processor = library.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    model.add_special_tokens(words[:5])
+    tokenizer = HuggingFaceTokenizer(model.to_str())
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (2, 3, 11)
+    ids = tokenizer.encode("He plays, playing! Café")
+    assert ids.tolist() == [8, 5, 7, 1, 5, 6, 10, 9]
+    assert [2, *ids.tolist(), 3] == model.encode("He plays, playing! Café").ids
+    assert tokenizer.decode([2, 8, 5, 7, 3]) == "he plays"
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("plays").tolist() == [5, 7]
+
+
+def test_a_tokenizer_of_t5_begins_a_text_with_padding() -> None:
+    tokenizer = HuggingFaceTokenizer(hugging_face_json(["a b c"], special=("<pad>", "</s>", "<unk>")))
+    assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+
+
 def test_decoding_inverts_encoding(tokenizer: Tokenizer) -> None:
     for text in HARD + [random_unicode(seed) for seed in range(50)]:
         ids = tokenizer.encode(text)

@@ -30,6 +30,16 @@ _LLAMA = {
 }
 _MISTRAL = _LLAMA | {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
 _GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 30, "n_layer": 2, "n_head": 5, "n_positions": 96}
+_BERT = {
+    **{"model_type": "bert", "vocab_size": VOCAB, "hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 5},
+    **{"intermediate_size": 44, "max_position_embeddings": 64},
+}
+_T5 = {
+    **{"model_type": "t5", "vocab_size": VOCAB, "d_model": 30, "d_kv": 4, "d_ff": 44, "num_heads": 5, "num_layers": 1},
+    **{"num_decoder_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12},
+    "decoder_start_token_id": 0,
+}
+_V11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 def _rope(kind: str, **more: float) -> dict[str, Any]:
@@ -50,11 +60,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "gpt2-free-head": _GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "gelu"},
     **decoder_variants.VARIANTS,
+    "bert": _BERT,
+    "bert-model": _BERT | {"architectures": ["BertModel"], "hidden_act": "gelu_new", "type_vocab_size": 3},
+    "bert-labels": _BERT | {"architectures": ["BertForSequenceClassification"], "num_labels": 3},
+    "t5": _T5,
+    "t5-v1.1": _T5 | _V11,
+    "mt5": _T5 | _V11 | {"model_type": "mt5", "num_layers": 2, "num_decoder_layers": None},
 }
 """What config.json says of small models: a line, or a few, for each family."""
 
-CLASSES: dict[str, str] = {}
-"""transformers' Auto class by model_type, where it is not AutoModelForCausalLM."""
+CLASSES: dict[str, str] = {
+    "bert": "AutoModelForMaskedLM",
+    "t5": "AutoModelForSeq2SeqLM",
+    "mt5": "AutoModelForSeq2SeqLM",
+}
+"""transformers' Auto class by model_type, where it is not AutoModelForCausalLM; a variant may name its own."""
 
 
 def weight(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
@@ -82,10 +102,16 @@ def their_model(config: Mapping[str, Any], seed: int) -> Any:
     import torch
     import transformers
 
-    kind = getattr(transformers, CLASSES.get(config["model_type"], "AutoModelForCausalLM"))
     made = transformers.AutoConfig.for_model(**config)
     made.bos_token_id, made.eos_token_id = 1, None
-    model = kind.from_config(made, attn_implementation="eager").eval()
+    if "architectures" in config:
+        model = getattr(transformers, config["architectures"][0])._from_config(made, attn_implementation="eager").eval()
+    else:
+        kind = getattr(transformers, CLASSES.get(config["model_type"], "AutoModelForCausalLM"))
+        model = kind.from_config(made, attn_implementation="eager").eval()
+    head = model.get_output_embeddings()
+    if config.get("tie_word_embeddings") is False and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.clone())  # which transformers 5 ties in every T5 that it makes
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(weight(name, parameter.shape, seed)))
@@ -93,11 +119,20 @@ def their_model(config: Mapping[str, Any], seed: int) -> Any:
 
 
 def their_logits(model: Any, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns float32 logits of each text by itself."""
+    """Returns float32 logits of each text by itself, hidden states of a model without a head. Of an encoder-decoder the text
+    is what is written, and what is read is the text backwards."""
     import torch
 
+    def outputs(text: np.ndarray) -> Any:
+        if not model.config.is_encoder_decoder:
+            return model(torch.from_numpy(text)[None])
+        both = (torch.from_numpy(part.copy())[None] for part in (text[::-1], text))
+        return model(input_ids=next(both), decoder_input_ids=next(both))
+
     with torch.no_grad():
-        return [model(torch.from_numpy(text)[None]).logits[0].numpy() for text in ids]
+        found = [outputs(text) for text in ids]
+    arrays = [(one.logits if "logits" in one else one.last_hidden_state).numpy() for one in found]
+    return [array if array.ndim == 2 else array[0] for array in arrays]
 
 
 def record(name: str) -> None:

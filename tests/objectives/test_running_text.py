@@ -195,6 +195,28 @@ def test_masking_rates_are_those_of_bert():
         assert abs(found / total - share) < 3 * np.sqrt(share * (1 - share) / total)
 
 
+def test_a_vocabulary_may_have_a_mask_of_its_own():
+    window = window_of(64, np.random.default_rng(0))
+    usual, own = (made(config_of("masked_lm", mask_rate=0.5, mask_token=token), window) for token in (None, 3))
+    masked = usual["inputs"] == TOKENIZER.vocab_size
+    assert masked.any() and np.array_equal(own["inputs"], np.where(masked, 3, usual["inputs"]))
+    counts = [objective_of(it).num_extra_tokens(it) for it in map(config_of_mask, (None, 3))]
+    assert counts == [1, 0]
+
+
+def config_of_mask(token: int | None) -> Config:
+    return config_of("masked_lm", mask_token=token)
+
+
+@pytest.mark.parametrize("name", ["span_corruption", "mixture_of_denoisers"])
+def test_what_is_written_may_begin_with_another_token(name):
+    window, config = window_of(64, np.random.default_rng(0)), config_of(name)
+    usual = made(config, window)
+    other = made(replace(config, model={"decoder_start_token": 0}), window)
+    assert usual["inputs"][0] == TOKENIZER.bos and other["inputs"][0] == 0
+    assert np.array_equal(usual["inputs"][1:], other["inputs"][1:])
+
+
 def test_whole_words_are_chosen_whole():
     tokenizer = CharacterTokenizer("abcdefgh ")
     config = config_of("masked_lm", 256, whole_words=True, mask_rate=0.3)

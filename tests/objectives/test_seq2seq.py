@@ -10,6 +10,7 @@ import pytest
 from transformer.checkpointing.run import for_platform, resolve
 from transformer.config import Config, replace
 from transformer.data.batches import train_batch
+from transformer.data.plain_tokenizers import ByteTokenizer
 from transformer.data.prepare import prepare
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import Transformer, apply
@@ -31,6 +32,16 @@ def copying(tmp_path: Path) -> Config:
         model={"architecture": "encoder_decoder", "num_layers": 1, "width": 48, "num_heads": 4, "initial_scale": 0.1},
         train={"batch_size": 16},
     )
+
+
+def test_what_is_written_may_begin_with_another_token() -> None:
+    """In each text of a packed row."""
+    row = {"inputs": np.array([1, 7, 8, 1, 9]), "positions": np.array([0, 1, 2, 0, 1])}
+    config = replace(Config(), objective={"name": "seq2seq"}, model={"architecture": "encoder_decoder"})
+    for token, expected in ((None, row["inputs"]), (0, np.array([0, 7, 8, 0, 9]))):
+        changed = replace(config, model={"decoder_start_token": token})
+        found = objective_of(changed).example(changed, ByteTokenizer(), row, np.random.default_rng(0))
+        assert np.array_equal(found["inputs"], expected)
 
 
 @pytest.mark.slow

@@ -66,6 +66,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "objective": {"name": "seq2seq"},
         "data": {"source_path": ("read",), "target_path": ("write",)},
     },
+    # BERT and T5, with all that other models do not have.
+    "bert": {
+        "model": {
+            **DENSE,
+            "architecture": "encoder",
+            "norm": "layernorm",
+            "norm_placement": "post",
+            "activation": "gelu_exact",
+            "tied_embeddings": True,
+            "num_kv_heads": 4,
+            "positions": "learned",
+            "num_positions": 16,
+            "biases": True,
+            "embedding_norm": True,
+            "num_token_types": 2,
+            "head_transform": True,
+            "head_bias": True,
+        },
+        "objective": {"name": "masked_lm"},
+    },
+    "t5": {
+        "model": DENSE
+        | {"architecture": "encoder_decoder", "num_kv_heads": 4, "num_layers": 2, "positions": "relative"}
+        | {"attention_scale": 1.0, "logit_scale": 0.25, "num_relative_buckets": 8, "max_relative_distance": 12},
+        "objective": {"name": "seq2seq"},
+        "data": {"source_path": ("read",), "target_path": ("write",)},
+    },
     "microbatches": {"model": DENSE | {"remat": "full"}, "train": {"num_microbatches": 2}},
     "dropout": {"model": DENSE | {"dropout": 0.1}},
     "recurrent": {"model": DENSE | {"layers": "lstm/none", "recurrent_width": 24, "positions": "none"}},
@@ -139,6 +166,13 @@ TABLE = (
     ("pairs", "replica=2 fsdp=2 tensor=2"),
     ("pairs", "fsdp=2 context=2 tensor=2"),
     ("pairs", "stage=2 fsdp=2 tensor=2"),
+    ("bert", "fsdp=8"),
+    ("bert", "replica=2 fsdp=2 tensor=2"),
+    ("bert", "fsdp=2 context=2 tensor=2"),
+    ("bert", "stage=2 fsdp=2 tensor=2"),
+    ("t5", "replica=2 fsdp=2 tensor=2"),
+    ("t5", "fsdp=2 context=2 tensor=2"),
+    ("t5", "stage=2 fsdp=2 tensor=2"),
 )
 
 OPTIMIZERS = {
@@ -173,6 +207,8 @@ def config_of(model: str, split: str = "", optimizer: str = "adamw") -> Config:
 
 def batch_of(config: Config, make: Any, seed: int) -> dict[str, np.ndarray]:
     batch = make(config, seed)
+    if config.model.num_token_types:
+        batch["token_types"] = (batch["positions"] % 3 == 0).astype(np.int32)
     if config.model.architecture == "encoder_decoder":
         read = make(config, seed + NUM_STEPS)
         batch |= {f"encoder_{name}": read[name] for name in ("inputs", "positions", "segment_ids")}

@@ -139,6 +139,23 @@ def bucket_problems(model: ModelConfig) -> Iterator[str]:
         yield f"{distance}: must be more than {exact}, up to which distances have a bucket each ({buckets})"
 
 
+def head_problems(model: ModelConfig) -> Iterator[str]:
+    """Yields a sentence for each mistake in what stands before the first layer and after the last."""
+    for key in ("embedding_norm", "head_transform"):
+        if getattr(model, key) and model.norm == "none":
+            yield f"model.{key} = True has a norm, and model.norm = 'none'"
+    if model.head_transform and model.gated:
+        yield f"model.head_transform = True has one map and no gate: not with model.activation = {model.activation!r}"
+    if model.num_token_types and model.num_future_tokens:
+        types = f"model.num_token_types = {model.num_token_types}"
+        yield f"{types}: further tokens (model.num_future_tokens = {model.num_future_tokens}) have no types"
+    start, size = model.decoder_start_token, model.vocab_size
+    if start is not None and model.architecture != "encoder_decoder":
+        yield f"model.decoder_start_token = {start}: only model.architecture = 'encoder_decoder' begins a text so"
+    elif start is not None and size is not None and start >= size:
+        yield f"model.decoder_start_token = {start}: must be below model.vocab_size = {size}"
+
+
 def recall_problems(config: Config) -> Iterator[str]:
     """Yields a sentence for each mistake in the examples of associative recall."""
     label, pairs = f"objective.num_pairs = {config.objective.num_pairs}", config.objective.num_pairs

@@ -193,10 +193,25 @@ class ModelConfig:
     """Factor of the embeddings; None: sqrt(width), or under muP of base_width, with sinusoidal positions, else 1."""
     biases: bool = False
     """Biases in linear layers and in LayerNorm."""
+    embedding_norm: bool = False
+    """Normalise what enters the first layer."""
+    num_token_types: int = 0
+    """Kinds of tokens, with an embedding each, that the array `token_types` of a batch tells apart, such as the first and the
+    second of two texts; 0: none."""
+    head_transform: bool = False
+    """Put a linear map, the MLP's activation and a norm before the head over the vocabulary, as BERT does."""
+    head_bias: bool = False
+    """Add a bias to the logits over the vocabulary."""
+    pooler: bool = False
+    """Put a linear map and tanh before the head over labels; without labels, `transformer embed` alone uses them."""
+    logit_scale: float = 1.0
+    """Factor of the logits over the vocabulary."""
     logit_soft_cap: float = 0.0
     """Logits over the vocabulary are bent to stay below this: cap * tanh(logits / cap). 0: not bent."""
     tied_embeddings: bool = True
     """Use the embedding table as the output head too."""
+    decoder_start_token: int | None = None
+    """Token before the first that an encoder-decoder writes; None: the tokenizer's for the begin of a text."""
     num_future_tokens: int = 0
     """Tokens beyond the next that further heads predict (objective `multi_token`)."""
     dropout: float = 0.0

@@ -131,6 +131,8 @@ class ObjectiveConfig:
     """Share of the tokens that `masked_lm` asks for and `span_corruption` removes."""
     whole_words: bool = False
     """Choose whole words (`masked_lm`)."""
+    mask_token: int | None = None
+    """Token in the place of those that `masked_lm` asks for, such as a tokenizer's own; None: one after the tokenizer's."""
     mean_span_length: float = 3.0
     """Mean number of tokens of a removed span (`span_corruption`)."""
     middle_rate: float = 0.5

@@ -30,7 +30,7 @@ _NOT_NEGATIVE = (
     "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
     "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps model.balance_bias_rate "
     "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate "
-    "model.num_shared_experts model.balance_loss model.router_z_loss objective.logit_chunk"
+    "model.num_token_types model.decoder_start_token objective.mask_token model.num_shared_experts model.balance_loss model.router_z_loss objective.logit_chunk"
 ).split()
 _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
@@ -132,6 +132,9 @@ def _example_problems(config: Config) -> Iterator[str]:
     if kind != "labelled" and model.num_labels > 0:
         classifiers = "'sequence_classification' and 'token_classification'"
         yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
+    mask, size = config.objective.mask_token, model.vocab_size
+    if mask is not None and size is not None and mask >= size:
+        yield f"objective.mask_token = {mask}: must be below model.vocab_size = {size}"
     if config.objective.name == "associative_recall":
         yield from importlib.import_module("transformer.config.kinds").recall_problems(config)
     length, rows = source_length(config), model.num_positions
@@ -166,6 +169,8 @@ def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
     own_keys = (model.window_rotary_base, model.rotary_attention_factor, model.attention_biases)
     if any(own_keys) or "@none" in f"{model.first_layers} {model.layers} {model.encoder_layers}":
         yield from importlib.import_module("transformer.config.kinds").attention_problems(model)
+    if model.embedding_norm or model.head_transform or model.num_token_types or model.decoder_start_token is not None:
+        yield from importlib.import_module("transformer.config.kinds").head_problems(model)
     yield from _layer_problems(config)
     if model.attention_implementation != "auto":
         yield from importlib.import_module("transformer.config.implementations").problems_of_attention(config, platform)

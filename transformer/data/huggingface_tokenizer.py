@@ -9,8 +9,9 @@ import numpy as np
 from transformer.config import ConfigError, write_atomically
 from transformer.data.tokenizers import Ids, between, hash_of, save_config
 
+# T5 begins what it writes with padding.
 _ENDS = {
-    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>"),
+    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]", "<|endoftext|>", "<pad>"),
     "end": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "<|im_end|>", "[SEP]"),
 }
 
@@ -39,6 +40,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        self.mask = next((vocabulary[name] for name in ("[MASK]", "<mask>") if name in vocabulary), None)
         self._settings = settings or {}
         keys = {"begin": "bos_token", "end": "eos_token"}
         given = {what: _name(self._settings.get(key)) for what, key in keys.items()}

@@ -65,6 +65,9 @@ def export_model(
         raise ConfigError(f"{target} is there already: give a new folder")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"{target}: the directory {target.absolute().parent} does not exist")
+    if model.architecture == "encoder_decoder" and model.decoder_start_token is None:
+        # What the run leaves to its tokenizer, config.json has to say.
+        model = dataclasses.replace(model, decoder_start_token=run.tokenizer.bos)
     saved = run.workdir / TOKENIZER
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
     try:

@@ -49,7 +49,8 @@ def import_model(folder: Folder, workdir: Path, config: Config, mesh: Mesh) -> M
             checkpoints.wait()
         # No corpus yet: the run takes the first that it is trained on.
         write_atomically(partial / CORPUS, json.dumps({"fingerprint": ""}) + "\n")
-        write_atomically(partial / CONFIG, to_json(run_config(model, config, kind, workdir / TOKENIZER)))
+        mask = getattr(tokenizer, "mask", None)
+        write_atomically(partial / CONFIG, to_json(run_config(model, config, kind, workdir / TOKENIZER, mask)))
         os.chmod(partial, 0o755)
         os.replace(partial, workdir)
     except BaseException:
@@ -58,8 +59,9 @@ def import_model(folder: Folder, workdir: Path, config: Config, mesh: Mesh) -> M
     return model
 
 
-def run_config(model: ModelConfig, config: Config, kind: str, tokenizer: Path) -> Config:
-    """Returns the configuration of the run: the model's, with what of it may change as `config` has it."""
+def run_config(model: ModelConfig, config: Config, kind: str, tokenizer: Path, mask: int | None = None) -> Config:
+    """Returns the configuration of the run: the model's, with what of it may change as `config` has it. `mask` is the
+    tokenizer's own token for what masked language modelling asks for."""
     asked = {
         key.removeprefix("model."): getattr(config.model, key.removeprefix("model."))
         for key in MAY_CHANGE
@@ -70,7 +72,11 @@ def run_config(model: ModelConfig, config: Config, kind: str, tokenizer: Path) -
     if model.positions == "learned" and model.num_positions:
         data["sequence_length"] = min(config.data.sequence_length, model.num_positions)
     objective = {} if model.architecture == "decoder" else {"name": OBJECTIVES[model.architecture]}
+    if model.num_labels:
+        objective = {"name": "sequence_classification" if model.pooler else "token_classification"}
     objective = objective if config.objective.name == "causal" else {}
+    if model.architecture == "encoder" and not model.num_labels and config.objective.mask_token is None:
+        objective["mask_token"] = mask
     return replace(config, model=dataclasses.asdict(model), data=data, objective=objective)
 
 

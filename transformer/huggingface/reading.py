@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from transformer.config import ConfigError, ModelConfig
 from transformer.huggingface.families import family_of
-from transformer.huggingface.folder import Folder, read_slice
+from transformer.huggingface.folder import Folder, read_slice, same
 from transformer.huggingface.header import Stored, shown
 from transformer.huggingface.table import Family, Piece, Tensor, flat_specs, tensors_of
 from transformer.huggingface.translation import read_config
@@ -44,8 +44,10 @@ def read(path: Path, mesh: Mesh) -> tuple[ModelConfig, Tree]:
 
 def model_of(folder: Folder) -> tuple[Family, ModelConfig]:
     """Returns the table and the model that config.json names."""
-    family = family_of(folder.config.get("model_type"))
-    return family, read_config(family, folder.config, str(folder.path / "config.json"))
+    family, config = family_of(folder.config.get("model_type")), folder.config
+    if family.told_by_tensors is not None:
+        config = family.told_by_tensors(config, folder.tensors)
+    return family, read_config(family, config, str(folder.path / "config.json"))
 
 
 def read_parameters(folder: Folder, family: Family, model: ModelConfig, mesh: Mesh) -> Tree:
@@ -100,7 +102,7 @@ def _put(values: jax.Array, block: Any, starts: tuple[Any, ...]) -> jax.Array:
 
 def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Held]:
     """Returns where each of our arrays is; raises ConfigError with every tensor that lacks, is too many or has another shape."""
-    stored = folder.tensors
+    stored = {_renamed(family, name): tensor for name, tensor in folder.tensors.items()}
     # A number of config.json that the files do not bear out would make an endless table.
     for name, count in (("layers", max(model.num_layers, model.encoder_depth)), ("experts", model.num_experts)):
         if count > max(len(stored), 8):
@@ -141,7 +143,7 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
             without.setdefault(reason, []).append(name)
             continue
         if name in repeats:
-            if not _same(have, stored.get(repeats[name])):
+            if not same(have, stored.get(repeats[name])):
                 problems.append(
                     f"{name} {shown(have.shape)} differs from {repeats[name]}, which config.json says it is"
                 )
@@ -155,13 +157,10 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
     return found
 
 
-def _same(one: Stored, other: Stored | None) -> bool:
-    if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    whole = tuple(slice(0, size) for size in one.shape)
-    return all(
-        np.array_equal(a, b) for (_, a), (_, b) in zip(read_slice(one, whole), read_slice(other, whole), strict=True)
-    )
+def _renamed(family: Family, name: str) -> str:
+    for pattern, now in family.renamed:
+        name = re.sub(pattern, now, name)
+    return name
 
 
 def _blocks(held: Held, bounds: tuple[range, ...]) -> Iterator[Block]:

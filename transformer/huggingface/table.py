@@ -118,6 +118,10 @@ class Family:
     """Patterns (regular expressions) of tensors that are no parameters: masks, frequencies."""
     left_out: Callable[[ModelConfig, str], str | None] = lambda model, name: None
     """Why a tensor, by its name, is left out though it is one of parameters, which is then said; None: it is not."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Patterns in names of tensors that older files have, and what stands there now."""
+    told_by_tensors: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """From config.json and a file's tensors (`Stored`, by name) to config.json with what only the tensors tell."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ def _places(line: Line, model: ModelConfig, parts: Sequence[Part], sizes: Sequen
 
 def is_head(name: str) -> bool:
     """Returns whether a tensor belongs to the head, whose name never has the family's prefix."""
-    return name.startswith(("lm_head.", "cls."))
+    return name.startswith(("lm_head.", "cls.", "classifier."))
 
 
 def pattern_of(kinds: Sequence[str]) -> str:

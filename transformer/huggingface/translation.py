@@ -87,7 +87,7 @@ def read_config(family: Family, theirs: Mapping[str, Any], where: str = "config.
 def model_problems(model: ModelConfig) -> list[str]:
     """Returns what is wrong with a model, whatever trains it."""
     objectives = {"decoder": "causal", "encoder": "masked_lm", "encoder_decoder": "span_corruption"}
-    objective = {"name": objectives[model.architecture]}
+    objective = {"name": "sequence_classification" if model.num_labels else objectives[model.architecture]}
     config = replace(
         Config(),
         model=dataclasses.asdict(model),
@@ -224,6 +224,8 @@ def canonical(model: ModelConfig) -> ModelConfig:
         ("rotary_original_length",): model.rotary_scaling != "linear",
         ("num_relative_buckets", "max_relative_distance"): model.positions == "relative",
         ("num_features",): "performer" in mixers,
+        ("num_positions",): model.positions != "relative",
+        ("head_transform", "head_bias", "tied_embeddings", "logit_scale"): not model.num_labels,
     }
     unused += [name for names, used in uses.items() if not used for name in names]
     return dataclasses.replace(model, **changes | {name: getattr(default, name) for name in unused})

@@ -100,13 +100,15 @@ def encode_prompts(
     width = bucket(max(map(len, texts)) + 1)
     first = np.array([tokenizer.bos], np.int32)
     if model.encoder is None:
-        batch = _columns("", [np.append(first, text) for text in texts], width, left=True)
+        batch = columns("", [np.append(first, text) for text in texts], width, left=True)
         begins = [np.append(first, tokenizer.encode(prompt.split(gap)[0] if gap else prompt)) for prompt in prompts]
         return Prompts(batch | ({"prefix": batch["segment_ids"] == 1} if prefix else {}), begins)
     sources = [np.append(text, tokenizer.eos).astype(np.int32) for text in texts]
+    if model.config.decoder_start_token is not None:
+        first = np.array([model.config.decoder_start_token], np.int32)
     begins = [np.concatenate([first, tokenizer.encode(begin)]).astype(np.int32)] * len(texts)
-    read = _columns("encoder_", sources, width, left=False)
-    return Prompts(read | _columns("", begins, len(begins[0]), left=True), begins)
+    read = columns("encoder_", sources, width, left=False)
+    return Prompts(read | columns("", begins, len(begins[0]), left=True), begins)
 
 
 def _ids(tokenizer: Tokenizer, prompt: str, gap: str) -> Int[np.ndarray, "..."]:
@@ -118,7 +120,8 @@ def _ids(tokenizer: Tokenizer, prompt: str, gap: str) -> Int[np.ndarray, "..."]:
     return question(tokenizer, tokenizer.encode(before), tokenizer.encode(after))
 
 
-def _columns(name: str, rows: Sequence[np.ndarray], width: int, left: bool) -> dict[str, np.ndarray]:
+def columns(name: str, rows: Sequence[np.ndarray], width: int, left: bool) -> dict[str, np.ndarray]:
+    """Returns a batch of `width` columns with a text of tokens a row, padding to the `left` or right of it."""
     batch = {f"{name}{kind}": np.zeros((len(rows), width), np.int32) for kind in ("inputs", "positions", "segment_ids")}
     for row, ids in enumerate(rows):
         place = slice(width - len(ids), None) if left else slice(len(ids))
@@ -145,19 +148,21 @@ def batches_by_length(tokenizer: Tokenizer, prompts: Sequence[str], batch_size: 
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def read_prompts(path: Path, field: str, errors: str) -> list[str]:
+def read_prompts(path: Path, field: str, errors: str, what: str = "prompt") -> list[str]:
     """Returns the prompts of a file, which may be compressed: one a line, or the `field` of records (.jsonl, .parquet).
 
-    Raises ConfigError for a file that is missing, broken, empty or not UTF-8, and for records without the field.
+    Raises ConfigError for a file that is missing, broken, empty or not UTF-8, and for records without the field; `what`
+    they are is part of the options' names.
     """
+    flag = "--prompt-file" if what == "prompt" else f"--{what}"
     if not path.is_file():
-        raise ConfigError(f"--prompt-file = '{path}': does not exist, or is no file")
+        raise ConfigError(f"{flag} = '{path}': does not exist, or is no file")
     file = files.TextFile(path.name, path)
     if file.kind in (".jsonl", ".parquet"):
         records = files.read_records(file, [field], errors)
-        prompts = [files.text_of(record, field, errors, where, "--prompt-field") for record, where in records]
+        prompts = [files.text_of(record, field, errors, where, f"--{what}-field") for record, where in records]
     else:
         prompts = list(files.read_lines(file, errors))
     if not prompts:
-        raise ConfigError(f"--prompt-file = '{path}': is empty, so there is nothing to generate from")
+        raise ConfigError(f"{flag} = '{path}': is empty, so there is nothing to do")
     return prompts

@@ -90,8 +90,10 @@ def forward_products(config: ModelConfig, length: int, source_length: int = 0) -
         stack("future", config.kinds[-1:], config.num_future_tokens, length, True)
         join = Product("future_joins", "join", 2 * length * 2 * config.width * config.width)
         found.append(join.times(config.num_future_tokens, "future"))
-    logits = Product("logits", "logits", 2 * length * config.width * (config.num_labels or config.vocab_size))
-    return [*found, logits.times(1 + config.num_future_tokens, "output")]
+    heads = [Product("logits", "logits", 2 * length * config.width * (config.num_labels or config.vocab_size))]
+    if config.pooler if config.num_labels else config.head_transform:
+        heads.insert(0, Product("logits", "before_head", 2 * length * config.width**2))
+    return [*found, *(product.times(1 + config.num_future_tokens, "output") for product in heads)]
 
 
 def forward_flops(config: ModelConfig, length: int, source_length: int = 0) -> dict[str, int]:

@@ -19,7 +19,7 @@ from transformer.config import ModelConfig
 from transformer.models.blocks import Stack, fold_in
 from transformer.models.cache import Cache, CacheSpec, zeros
 from transformer.models.feedforward import Auxiliary
-from transformer.models.layers import Linear, as_rows, dropout, materialize, materialize_gradient
+from transformer.models.layers import Linear, Norm, as_rows, dropout, materialize, materialize_gradient
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
 from transformer.models.parameters import Tree, bind, normal, parameter
@@ -62,6 +62,11 @@ class Transformer(nnx.Module):
         learned = (config.num_positions or 0, config.width)
         is_learned = config.positions == "learned"
         self.positions = parameter(learned, ("positions", "embed"), init, "embedding") if is_learned else None
+        types = (config.num_token_types, config.width)
+        self.token_types = (
+            parameter(types, ("positions", "embed"), init, "embedding") if config.num_token_types else None
+        )
+        self.embedding_norm = Norm(config) if config.embedding_norm else None
         depth = config.encoder_depth if config.has_decoder else config.num_layers
         first = () if config.has_decoder else config.first_kinds
         encoder = (config, config.encoder_kinds, depth, False, False, first)
@@ -70,6 +75,11 @@ class Transformer(nnx.Module):
         self.decoder = Stack(*decoder) if config.has_decoder else None
         has_head = not (config.tied_embeddings or config.num_labels)
         self.head = parameter(rows, ("vocab", "embed"), init, "head", padding) if has_head else None
+        asks = config.head_transform or config.head_bias or config.pooler
+        before = (
+            importlib.import_module("transformer.models.heads").make_heads(config, padding) if asks else (None,) * 3
+        )
+        self.head_transform, self.head_bias, self.pooler = before
         labels = ((config.width, config.num_labels), ("embed", "labels"), config.initial_scale, "head", True)
         self.classifier = Linear(config, *labels) if config.num_labels else None
         self.future = make_future(config) if config.num_future_tokens else None
@@ -77,7 +87,8 @@ class Transformer(nnx.Module):
     def __call__(
         self, batch: Mapping[str, Array], key: PRNGKeyArray | None = None, cache: Cache | None = None
     ) -> Outputs:
-        """Runs the network on `inputs`, `positions` and `segment_ids`, each [B, T], and `prefix` if there is one.
+        """Runs the network on `inputs`, `positions` and `segment_ids`, each [B, T], and `prefix` and `token_types` if there
+        are any; without, all tokens are of type 0.
 
         An encoder-decoder reads `encoder_inputs`, `encoder_positions` and `encoder_segment_ids`, [B, S], as well; with
         a cache that has read them, it does not need them again. `key` turns dropout on. With a `cache`, the batch
@@ -86,7 +97,7 @@ class Transformer(nnx.Module):
         auxiliary: list[Auxiliary] = []
         memory = None
         if self.encoder is not None and self.decoder is not None:
-            memory = self._read(batch, cache, fold_in(key, -2), auxiliary)
+            memory = self.read(batch, cache, fold_in(key, -2), auxiliary)
         tokens = Tokens(batch["positions"], batch["segment_ids"], batch.get("prefix"))
         columns, index = tokens, None
         if cache is not None:
@@ -98,7 +109,7 @@ class Transformer(nnx.Module):
         stack = self.encoder if self.decoder is None else self.decoder
         assert stack is not None
         context = Context(tokens, columns, index, memory=memory, causal=stack.causal, **self._angles(tokens.positions))
-        x = self._embed(batch["inputs"], tokens.positions, fold_in(key, -1))
+        x = self._embed(batch["inputs"], tokens.positions, fold_in(key, -1), batch.get("token_types"))
         x, layers, found = stack(x, context, None if cache is None else cache["layers"], key)
         cache = None if cache is None else cache | {"layers": layers}
         terms = [found, *auxiliary]
@@ -120,8 +131,12 @@ class Transformer(nnx.Module):
             cache,
         )
 
-    def _read(
-        self, batch: Mapping[str, Array], cache: Cache | None, key: PRNGKeyArray | None, auxiliary: list[Auxiliary]
+    def read(
+        self,
+        batch: Mapping[str, Array],
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+        auxiliary: list[Auxiliary] | None = None,
     ) -> Memory:
         """Returns what the decoder reads; adds the encoder's terms, under names of their own, to `auxiliary`."""
         if "encoder_inputs" not in batch:
@@ -130,10 +145,12 @@ class Transformer(nnx.Module):
         assert self.encoder is not None
         tokens = Tokens(batch["encoder_positions"], batch["encoder_segment_ids"])
         with jax.named_scope("encoder"):
-            x = self._embed(batch["encoder_inputs"], tokens.positions, fold_in(key, -1))
+            types = batch.get("encoder_token_types")
+            x = self._embed(batch["encoder_inputs"], tokens.positions, fold_in(key, -1), types)
             context = Context(tokens, tokens, causal=False, **self._angles(tokens.positions))
             x, _, found = self.encoder(x, context, None, key)
-        auxiliary.append(prefixed("encoder", found))
+        if auxiliary is not None:
+            auxiliary.append(prefixed("encoder", found))
         return Memory(x, tokens)
 
     def _enter(self, cache: Cache, tokens: Tokens, memory: Memory | None) -> Cache:
@@ -163,7 +180,11 @@ class Transformer(nnx.Module):
         return jax.tree.map(materialize, rotary.angles_of_layers(positions, self.config))
 
     def _embed(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], key: PRNGKeyArray | None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        key: PRNGKeyArray | None,
+        types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         config = self.config
         with jax.named_scope("embedding"):
@@ -179,6 +200,14 @@ class Transformer(nnx.Module):
                 x = x + constrain(self.positions[...].astype(x.dtype), "positions", "hidden")[positions]
             elif config.positions == "sinusoidal":
                 x = x + sinusoidal_positions(positions, config.width).astype(x.dtype)
+            if self.token_types is not None:
+                x = (
+                    x
+                    + constrain(self.token_types[...].astype(x.dtype), "positions", "hidden")[
+                        0 if types is None else types
+                    ]
+                )
+            x = x if self.embedding_norm is None else self.embedding_norm(x)
             return constrain(dropout(x, config.dropout, key), "batch", "residual_length", "hidden")
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -186,13 +215,17 @@ class Transformer(nnx.Module):
         are over its labels."""
         config = self.config
         with jax.named_scope("logits"):
-            if config.width_ratio != 1:
-                hidden = hidden / config.width_ratio
+            before = self.head_transform if self.classifier is None else self.pooler
+            hidden = hidden if before is None else before(hidden)
+            if config.width_ratio != 1 or config.logit_scale != 1:
+                scale = 1 if self.classifier is not None else config.logit_scale
+                hidden = hidden * (scale / config.width_ratio)
             if self.classifier is not None:
                 return self.classifier(hidden.astype(jnp.float32))
             table = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
             logits = jnp.matmul(as_rows(hidden), materialize_gradient(table.T), preferred_element_type=jnp.float32)
             logits = materialize(logits).reshape(*hidden.shape[:-1], -1)
+            logits = logits if self.head_bias is None else logits + self.head_bias[...]
             if config.logit_soft_cap:
                 logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
             padding = jnp.arange(config.vocab_rows) >= (config.vocab_size or 0)

@@ -39,7 +39,7 @@ class MaskedLM(TokenObjective):
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
         """Returns the window with each token, or whole word, chosen with probability `mask_rate` and most of them replaced.
 
-        MASK is the token after the tokenizer's. The targets are the tokens as they were; only the chosen ones have weight.
+        MASK is `mask_token`, or the token after the tokenizer's. The targets are the tokens as they were; only the chosen ones have weight.
         """
         tokens = window["inputs"]
         is_text = ~np.isin(tokens, (tokenizer.bos, tokenizer.eos))
@@ -48,10 +48,11 @@ class MaskedLM(TokenObjective):
             units = np.cumsum(_starts(tokenizer, tokens, window["segment_ids"])) - 1
         chosen = (rng.random(len(tokens)) < config.objective.mask_rate)[units] & is_text
         fate = rng.random(len(tokens))
-        inputs = np.where(chosen & (fate < MASKED), tokenizer.vocab_size, tokens)
+        own = config.objective.mask_token
+        inputs = np.where(chosen & (fate < MASKED), tokenizer.vocab_size if own is None else own, tokens)
         drawn = rng.integers(0, tokenizer.vocab_size, len(tokens))
         inputs = np.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), drawn, inputs)
         return window | {"inputs": inputs, "targets": tokens, "weights": chosen.astype(np.float32)}
 
     def num_extra_tokens(self, config: Config) -> int:
-        return 1
+        return int(config.objective.mask_token is None)

@@ -48,7 +48,7 @@ class MixtureOfDenoisers(TokenObjective):
             target = np.append(first_mark, tokens[-removed:])
         else:
             source, target = remove_spans(tokens, spans, first_mark, rng)
-        return pair(np.append(tokenizer.vocab_size + MODES.index(mode), source), target, tokenizer)
+        return pair(np.append(tokenizer.vocab_size + MODES.index(mode), source), target, tokenizer, config)
 
     def window_length(self, config: Config) -> int:
         return longest_window(config, _all_spans(), marks=1)

@@ -53,10 +53,12 @@ def remove_spans(
     return np.concatenate(source), np.concatenate(target)
 
 
-def pair(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer) -> Window:
+def pair(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer, config: Config) -> Window:
     """Returns the row of one text to read and one to write, each ended, in which nothing else is."""
+    start = config.model.decoder_start_token
     source, target = np.append(source, tokenizer.eos), np.append(target, tokenizer.eos)
-    row = {"encoder_inputs": source, "inputs": np.append(tokenizer.bos, target[:-1]), "targets": target}
+    inputs = np.append(tokenizer.bos if start is None else start, target[:-1])
+    row = {"encoder_inputs": source, "inputs": inputs, "targets": target}
     for prefix, tokens in (("encoder_", source), ("", target)):
         row |= {f"{prefix}positions": np.arange(len(tokens)), f"{prefix}segment_ids": np.ones(len(tokens), np.int32)}
     return row | {"weights": np.ones(len(target), np.float32)}
@@ -99,7 +101,7 @@ class SpanCorruption(TokenObjective):
         if len(window["inputs"]) < 2:
             return {}
         source, target = remove_spans(window["inputs"], _spans(config), tokenizer.vocab_size, rng)
-        return pair(source, target, tokenizer)
+        return pair(source, target, tokenizer, config)
 
     def window_length(self, config: Config) -> int:
         return longest_window(config, (_spans(config),))

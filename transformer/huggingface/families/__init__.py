@@ -18,6 +18,9 @@ FAMILIES: dict[str, str] = {
     "smollm3": "transformer.huggingface.families.smollm3",
     "mixtral": "transformer.huggingface.families.mixtral",
     "deepseek_v3": "transformer.huggingface.families.deepseek_v3",
+    "bert": "transformer.huggingface.families.bert",
+    "t5": "transformer.huggingface.families.t5",
+    "mt5": "transformer.huggingface.families.mt5",
 }
 """Module by model_type; each has a table, FAMILY. The order is that in which an export looks for one that fits."""
 
