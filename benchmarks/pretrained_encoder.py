@@ -105,7 +105,8 @@ def main() -> None:
     texts = ["--data.path", str(data / "train.en"), str(data / "train.de")]
     train("multi30k_masked_lm", pretrained, [*texts, *paced(given.pretraining_steps), *options])
     runs, rows = [], []
-    for (pairs, steps), arm in itertools.product(zip(given.pairs, given.steps, strict=True), given.arms):
+    for number, arm in itertools.product(range(len(given.pairs)), given.arms):
+        pairs, steps = given.pairs[number], given.steps[number]
         files = first_lines(data, pairs, workdir / f"{pairs}_pairs")
         found = []
         for seed in given.seeds:

@@ -188,7 +188,7 @@ def test_a_start_in_parts(make_run: Make, make_source: Callable[..., Path], tmp_
     params, lines, config = begun(make_run(**pairs), tmp_path)
     assert np.array_equal(params["encoder/layers/mixer/key/kernel"], old["decoder/layers/mixer/key/kernel"])
     assert np.array_equal(params["decoder/layers/mixer/key/kernel"], old["decoder/layers/mixer/key/kernel"])
-    assert "encoder/final_norm/scale (from decoder/final_norm/scale)" in lines[1]
+    assert "encoder/final_norm/scale (from decoder/final_norm/scale)" in lines[2]
     (fresh,) = [line for line in lines if "begins as new" in line]
     assert all(name.startswith("decoder/layers/cross") for name in fresh.partition(": ")[2].split(", "))
     missing = _problems(replace(config, init_from={"allow_missing": ()}), tmp_path)

@@ -29,14 +29,13 @@ class Transfer:
 
     def lines(self) -> list[str]:
         """Returns all of it in words."""
-        found = [f"loaded: {', '.join(_renamed(new, old) for new, old in self.same.items()) or 'nothing as it is'}"]
-        found += [f"loaded: {_renamed(new, old)}: {words}" for new, (old, _, words) in self.fitted.items()]
+        renamed = [f"{new} (from {old})" for new, old in self.same.items() if new != old]
+        loaded = [new for new, old in self.same.items() if new == old]
+        found = [f"loaded: {', '.join(names)}" for names in (loaded, renamed) if names]
+        for new, (old, _, words) in self.fitted.items():
+            found.append(f"loaded: {new}{f' (from {old})' if new != old else ''}: {words}")
         found += [f"begins as new: {', '.join(self.new)}"] if self.new else []
         return found + ([f"left: {', '.join(self.left)}"] if self.left else [])
-
-
-def _renamed(new: str, old: str) -> str:
-    return new if new == old else f"{new} (from {old})"
 
 
 def flat(tree: Tree) -> dict[str, Any]:

@@ -241,6 +241,8 @@ class Start:
         yield from self.plan.lines()
         for key in FIXED:
             section, _, name = key.partition(".")
+            if "encoder" in name and source.model.architecture != "encoder_decoder":
+                continue  # there is one stack, and which keys tell of it follows from the architecture
             if section == "model":
                 theirs = getattr(source.model, name)
             elif source.run is not None and start.progress == "keep":
