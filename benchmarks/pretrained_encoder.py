@@ -105,8 +105,8 @@ def main() -> None:
     texts = ["--data.path", str(data / "train.en"), str(data / "train.de")]
     train("multi30k_masked_lm", pretrained, [*texts, *paced(given.pretraining_steps), *options])
     runs, rows = [], []
-    for number, arm in itertools.product(range(len(given.pairs)), given.arms):
-        pairs, steps = given.pairs[number], given.steps[number]
+    asked: list[tuple[int, int]] = list(zip(given.pairs, given.steps, strict=True))
+    for pairs, steps, arm in ((pairs, steps, arm) for pairs, steps in asked for arm in given.arms):
         files = first_lines(data, pairs, workdir / f"{pairs}_pairs")
         found = []
         for seed in given.seeds:
@@ -126,8 +126,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     # Paths are whoever ran it's own; the rest makes it again.
-    asked = {name: value for name, value in vars(given).items() if name not in ("data", "workdir", "out")}
-    record = {"asked": asked, "options": options, "date": today, "machine": machine(), "runs": runs}
+    wanted = {name: value for name, value in vars(given).items() if name not in ("data", "workdir", "out")}
+    record = {"asked": wanted, "options": options, "date": today, "machine": machine(), "runs": runs}
     (given.out / f"{today}-pretrained-encoder.json").write_text(json.dumps(record, indent=1) + "\n")
     print(table(["pairs", "begins with", "lowest validation loss", *(["BLEU"] if given.bleu else [])], rows))
 
