@@ -246,3 +246,47 @@ def test_every_mistake_is_told_before_anything_is_written(
         late = make_source(make_run(), "late", steps=(20,))
         loop.run(make_run(init_from={"run": str(late), "progress": "keep"}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_begins_with_a_published_model(make_run: Make, tmp_path: Path) -> None:
+    """All of it is the folder's, with not a word on the model; and so from a run that was imported from it."""
+    import tokenizers
+
+    from transformer.huggingface.families import family_of
+    from transformer.huggingface.folder import Folder
+    from transformer.huggingface.importing import import_model
+    from transformer.huggingface.writing import write
+
+    published = tmp_path / "published"
+    published.mkdir()
+    words = {word: number for number, word in enumerate(("<s>", "</s>", *map(chr, range(97, 123)), " "))}
+    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    splitter.save(str(published / "tokenizer.json"))
+    (published / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    shape = {"num_layers": 2, "width": 16, "num_heads": 4, "num_kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm"}
+    model = make_run(model=shape | {"vocab_size": 40, "num_positions": 32, "feedforward_width": 24}).model
+    params = init_parameters(Transformer(for_platform(model, "cpu")), jax.random.key(7))
+    write(published, family_of("llama"), model, params)
+    expected = jax.device_get(flat(params))
+
+    config = replace(Config(), parallel={"fsdp": 4, "tensor": 2}, data={"cache_dir": str(tmp_path / "cache")})
+    config = replace(config, init_from={"huggingface": str(published)})
+    found, lines, resolved = begun(config, tmp_path)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
+    assert lines[0] == f"begins with {published}" and resolved.model.vocab_size == 40
+    assert resolved.data.tokenizer == "huggingface" and resolved.data.tokenizer_path == str(
+        tmp_path / "new" / "tokenizer"
+    )
+    assert (tmp_path / "new" / "tokenizer" / "published" / "tokenizer_config.json").exists()
+
+    import_model(Folder(published), tmp_path / "imported", Config(), make_mesh(config))
+    config = replace(config, init_from={"huggingface": "", "run": str(tmp_path / "imported")})
+    again, lines, _ = begun(config, tmp_path)
+    assert [name for name in again if again[name].tobytes() != expected[name].tobytes()] == []
+    with pytest.raises(ConfigError, match="holds parameters alone"):
+        begun(replace(config, init_from={"optimizer": "keep"}), tmp_path)
+    (published / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="model.safetensors"):
+        begun(replace(config, init_from={"run": "", "huggingface": str(published)}), tmp_path)

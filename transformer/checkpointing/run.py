@@ -71,6 +71,8 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         problems = importlib.import_module("transformer.checkpointing.fixed").contradictions(run.config, config)
         if run.tokenizer.fingerprint != prepared.tokenizer.fingerprint:
             problems.append("data.tokenizer: the run was trained with another tokenizer")
+        elif not run.data_fingerprint:
+            problems.append("it holds a model alone, which was imported: begin another run with it, by init_from.run")
         elif run.data_fingerprint != prepared.fingerprint:
             problems.append("data: the run was trained on another corpus, or the files of the corpus have changed")
         if problems:

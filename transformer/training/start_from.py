@@ -5,7 +5,7 @@ Everything that can be wrong is found before anything is written; what becomes o
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.fixed import FIXED
 from transformer.checkpointing.loading import choose, load_parameters
 from transformer.checkpointing.run import CHECKPOINTS, CONFIG, TOKENIZER, Run, for_platform, load_run
-from transformer.config import Config, ConfigError, ModelConfig, get, place, replace, validate
+from transformer.config import Config, ConfigError, ModelConfig, get, place, replace, validate, write_atomically
 from transformer.config.absolute import absolute_start
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import KINDS, Tokenizer
@@ -27,6 +27,9 @@ from transformer.models.parameters import Tree, init_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of
 from transformer.training.state import TrainState, abstract_state
+
+PUBLISHED = "published"
+"""Folder in a run's tokenizer/ that `transformer.huggingface.published` fills."""
 
 _OF_ITS_OWN = ("architecture", "vocab_size", "num_labels", "num_positions", "num_future_tokens")
 """Keys of the model that follow from what the new run does."""
@@ -41,6 +44,8 @@ class Source:
     read: Callable[[Mesh], Tree]
     """Returns the parameters, laid out over a mesh."""
     tokenizer: Tokenizer | None
+    published: Mapping[str, bytes]
+    """Files of a published model's tokenizer, by name, that say more than its tokens, such as a chat template."""
     run: Run | None = None
     """None: a folder of Hugging Face's."""
     steps: tuple[int, ...] = ()
@@ -90,26 +95,25 @@ def _open_run(config: Config) -> Source:
     def read(mesh: Mesh) -> Tree:
         return load_parameters(run, mesh, steps[-1], average=len(steps))[1]
 
-    return Source(label, run.config.model, read, run.tokenizer, run, tuple(steps))
+    published = run.workdir / TOKENIZER / PUBLISHED
+    kept = {path.name: path.read_bytes() for path in published.iterdir()} if published.is_dir() else {}
+    return Source(label, run.config.model, read, run.tokenizer, kept, run, tuple(steps))
 
 
 def _open_folder(config: Config) -> Source:
     # Loaded by name: only runs that begin with such a folder have to know its layout.
-    reading = importlib.import_module("transformer.huggingface.reading")
-    folder = importlib.import_module("transformer.huggingface.folder").Folder(
-        Path(config.init_from.huggingface).expanduser()
-    )
+    names = ("importing", "published", "reading")
+    importing, published, reading = (importlib.import_module(f"transformer.huggingface.{name}") for name in names)
+    folder = importing.folder_of(config.init_from.huggingface)
     family, model = reading.model_of(folder)
     reading.matched(folder, family, model)
-    read_tokenizer = importlib.import_module("transformer.data.new_tokenizer").read_tokenizer
-    files = {"tokenizer.json": "huggingface", "tokenizer.model": "bpe"}
-    found = next((name for name in files if folder.has(name)), None)
-    tokenizer = None if found is None else read_tokenizer(files[found], str(folder.file(found)))
+    has_tokenizer = any(folder.has(name) for name in published.KINDS)
+    tokenizer, _, kept = published.tokenizer_of(folder, model) if has_tokenizer else (None, "", {})
 
     def read(mesh: Mesh) -> Tree:
         return reading.read_parameters(folder, family, model, mesh)
 
-    return Source(str(folder.path), model, read, tokenizer)
+    return Source(str(folder.path), model, read, tokenizer, kept)
 
 
 # What the source decides.
@@ -182,6 +186,7 @@ class Start:
     lines: list[str] = field(default_factory=list)
     """What was loaded, what is new, what was left, and what is otherwise than in the source."""
     plan: transfer.Transfer = field(default_factory=transfer.Transfer)
+    has_its_tokenizer: bool = False
 
     def check(self, config: Config, prepared: Prepared, model: Transformer) -> Config:
         """Returns the configuration that the run keeps, which needs the source no more.
@@ -204,10 +209,9 @@ class Start:
         if problems:
             raise ConfigError(problems)
         self.lines = [f"begins with {source.label}", *(f"  {line}" for line in self._told(config, prepared))]
-        is_taken = config.data.tokenizer_path and prepared.tokenizer.fingerprint == getattr(
-            source.tokenizer, "fingerprint", ""
-        )
-        if is_taken and isinstance(self.workdir, Path):
+        theirs = source.tokenizer
+        self.has_its_tokenizer = theirs is not None and theirs.fingerprint == prepared.tokenizer.fingerprint
+        if self.has_its_tokenizer and config.data.tokenizer_path and isinstance(self.workdir, Path):
             return replace(config, data={"tokenizer_path": str(self.workdir / TOKENIZER)})
         return config
 
@@ -273,6 +277,9 @@ class Start:
     ) -> TrainState:
         """Returns the state before the run's first step, each array made where it will live."""
         start, source = config.init_from, self.source
+        if jax.process_index() == 0 and isinstance(self.workdir, Path):
+            for name, content in source.published.items() if self.has_its_tokenizer else ():
+                write_atomically(self.workdir / TOKENIZER / PUBLISHED / name, content)
         first = source.step if start.progress == "keep" else 0
         if start.optimizer == "keep":
             assert source.run is not None, "validated"
