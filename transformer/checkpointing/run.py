@@ -71,7 +71,9 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         problems = importlib.import_module("transformer.checkpointing.fixed").contradictions(run.config, config)
         if run.tokenizer.fingerprint != prepared.tokenizer.fingerprint:
             problems.append("data.tokenizer: the run was trained with another tokenizer")
-        elif run.data_fingerprint not in ("", prepared.fingerprint):  # what was imported has no corpus
+        elif not run.data_fingerprint:
+            problems.append("it holds a model alone, which was imported: begin another run with it, by init_from.run")
+        elif run.data_fingerprint != prepared.fingerprint:
             problems.append("data: the run was trained on another corpus, or the files of the corpus have changed")
         if problems:
             advice = "start in another --workdir, or give the run's own values"
@@ -84,8 +86,9 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         # Which process this was is not the run's.
         here = ParallelConfig()
         alone = {"coordinator": here.coordinator, "num_processes": here.num_processes, "process_id": here.process_id}
-        absolute = importlib.import_module("transformer.config.absolute").absolute(config.data)
-        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, data=absolute)))
+        names = importlib.import_module("transformer.config.absolute")
+        files = {"data": names.absolute(config.data), "init_from": names.absolute_start(config.init_from)}
+        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, **files)))
 
 
 def resolve(config: Config, vocab_size: int, num_labels: int = 0) -> Config:

@@ -20,6 +20,8 @@ def read_tokenizer(kind: str, name: str) -> Tokenizer:
         return load_tokenizer(path)
     if not path.is_file():
         raise ConfigError(f"data.tokenizer_path = {name!r} does not exist")
+    if kind == "characters":
+        raise ConfigError(f"data.tokenizer_path = {name!r}: characters have no file; name the tokenizer/ of a run")
     if kind == "huggingface":
         return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name, settings_in(path.parent))
     if (path.parent / "config.json").is_file():  # of a published model, which may begin and end texts in its own way
