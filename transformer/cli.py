@@ -17,8 +17,10 @@ from transformer.benchmarks.measure import check_destination
 from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, place, replace, source_length
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
+from transformer.inference.predict_options import PredictOptions
 from transformer.plans.command import PlanOptions
 from transformer.studies import STUDIES
+from transformer.training.metrics import SCORES
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,12 @@ def evaluate(options: EvaluateOptions) -> int:
         print(json.dumps(result))
         return 0
     print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} tokens)")
-    print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token, accuracy {result['accuracy']:.4f}")
+    if "cross_entropy" in result:
+        accuracy = f", accuracy {result['accuracy']:.4f}" if "accuracy" in result else ""
+        print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token{accuracy}")
+    for name, label in SCORES.items():
+        if name in result:
+            print(f"  {label:<13} {result[name]:.4f}")
     if "bits_per_byte" in result:
         print(f"  bits a byte   {result['bits_per_byte']:.4f}")
     if options.baseline:
@@ -183,6 +190,12 @@ def generate(options: GenerateOptions) -> int:
     if problems := command.problems_of(options):
         raise ConfigError(problems)
     command.write_texts(options, *_open(options.workdir, options.config))
+    return 0
+
+
+def predict(options: PredictOptions) -> int:
+    run, config, mesh = _open(options.workdir, options.config)
+    importlib.import_module("transformer.inference.predict").write_predictions(options, run, config, mesh)
     return 0
 
 
@@ -360,6 +373,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
+    "predict": (PredictOptions, "labels, numbers, answers or texts for the records of a file"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "benchmark": (BenchmarkOptions, f"what machine and configuration can do: {', '.join(BENCHMARKS)}"),
     "plan": (PlanOptions, "memory, collectives and time of the step on a pod that is not here"),
