@@ -75,6 +75,10 @@ class Checkpoints:
         """Returns whether the checkpoint of `step` has a validation loss."""
         return bool(self._manager.metrics(step))
 
+    def is_resumable(self, step: int) -> bool:
+        """Returns whether the checkpoint of `step` has more than parameters."""
+        return self._manager.item_metadata(step).get(REST) is not None
+
     def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
         """Starts a save; it becomes visible, by a rename, only once it is whole. A loss that is NaN counts as infinite.
         Raises OSError if the disk failed this save or the one before."""

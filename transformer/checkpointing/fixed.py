@@ -17,7 +17,7 @@ FIXED = (
     *("data.sequence_length", "data.source_length", "data.window_length"),
     *("data.shuffle", "data.shift_windows", "data.weights"),
     *(key for key in keys() if key.startswith("objective.") and key not in MAY_CHANGE),
-    *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay"),
+    *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay", "optimizer.frozen"),
     *("train.batch_size", "train.batch_warmup_steps", "seed"),
 )
 """Keys that a run keeps for life: with another value the checkpoint would not fit, or the data would start anew."""

@@ -29,26 +29,34 @@ def load_parameters(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
         parameter_specs(model),
     )
+    *others, chosen = choose(run, step, best, average)
+    with Checkpoints(run.workdir / CHECKPOINTS) as checkpoints:
+        # One after another, so that no more than two are in memory.
+        params = checkpoints.restore(chosen, params=abstract)["params"]
+        for number, at in enumerate(reversed(others), start=2):
+            params = _toward(params, checkpoints.restore(at, params=abstract)["params"], number)
+        return model, params, chosen
+
+
+def choose(run: Run, step: int | None = None, best: bool = False, average: int = 1) -> list[int]:
+    """Returns the steps of the `average` checkpoints that are asked for, the last of them the one that `step` or `best`
+    names, the latest if neither does. Raises ConfigError if there are none."""
     directory = run.workdir / CHECKPOINTS
     if not directory.is_dir():
         raise ConfigError(f"{run.workdir} has no checkpoint yet")
     with Checkpoints(directory) as checkpoints:
         available = checkpoints.steps()
         chosen = (checkpoints.best_step() if best else checkpoints.latest_step()) if step is None else step
-        listed = ", ".join(map(str, available)) or "none"
-        if chosen not in available:
-            wanted = "with a validation loss" if chosen is None else f"of step {chosen}"
-            raise ConfigError(f"{run.workdir} has no checkpoint {wanted}; there are: {listed}")
-        until = [at for at in available if at <= chosen]
-        if not 0 < average <= len(until):
-            count = f"{len(until)} checkpoint{'s' * (len(until) != 1)} up to step {chosen}"
-            advice = "checkpoint.keep_latest says how many a run keeps"
-            raise ConfigError(f"{average} checkpoints cannot be averaged: {run.workdir} has {count}; {advice}")
-        # One after another, so that no more than two are in memory.
-        params = checkpoints.restore(chosen, params=abstract)["params"]
-        for number, at in enumerate(reversed(until[-average:-1]), start=2):
-            params = _toward(params, checkpoints.restore(at, params=abstract)["params"], number)
-        return model, params, chosen
+    listed = ", ".join(map(str, available)) or "none"
+    if chosen not in available:
+        wanted = "with a validation loss" if chosen is None else f"of step {chosen}"
+        raise ConfigError(f"{run.workdir} has no checkpoint {wanted}; there are: {listed}")
+    until = [at for at in available if at <= chosen]
+    if not 0 < average <= len(until):
+        count = f"{len(until)} checkpoint{'s' * (len(until) != 1)} up to step {chosen}"
+        advice = "checkpoint.keep_latest says how many a run keeps"
+        raise ConfigError(f"{average} checkpoints cannot be averaged: {run.workdir} has {count}; {advice}")
+    return until[-average:]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -88,8 +88,9 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         # Which process this was is not the run's.
         here = ParallelConfig()
         alone = {"coordinator": here.coordinator, "num_processes": here.num_processes, "process_id": here.process_id}
-        absolute = importlib.import_module("transformer.config.absolute").absolute(config.data)
-        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, data=absolute)))
+        names = importlib.import_module("transformer.config.absolute")
+        files = {"data": names.absolute(config.data), "init_from": names.absolute_start(config.init_from)}
+        write_atomically(workdir / CONFIG, to_json(replace(config, parallel=alone, **files)))
 
 
 def resolve(config: Config, vocab_size: int, num_labels: int = 0) -> Config:

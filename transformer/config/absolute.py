@@ -4,6 +4,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
+from transformer.config.init_from import InitFromConfig
 from transformer.config.schema import DataConfig
 
 
@@ -30,3 +31,13 @@ def absolute(data: DataConfig) -> dict[str, Any]:
     local = data.prepared and "://" not in data.prepared
     prepared = str(Path(data.prepared).expanduser().absolute()) if local else data.prepared
     return files | {"source": source, "tokenizer_path": tokenizer, "prepared": prepared}
+
+
+def absolute_start(start: InitFromConfig) -> dict[str, Any]:
+    """Returns the keys of `init_from`, those that name directories so that they do from anywhere."""
+
+    def of(name: str) -> str:
+        is_local = name and "://" not in name and Path(name).expanduser().exists()
+        return str(Path(name).expanduser().absolute()) if is_local else name
+
+    return vars(start) | {"run": of(start.run), "huggingface": of(start.huggingface)}

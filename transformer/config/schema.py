@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformer.config.init_from import InitFromConfig
 from transformer.config.model import ModelConfig
 
 BYTE_VOCAB_SIZE = 4 + 256
@@ -205,6 +206,10 @@ class OptimizerConfig:
     """Multiplies the learning rate of the output head where it is not the embedding."""
     vector_rate: float = 1.0
     """Multiplies the learning rate of norms, biases and other vectors."""
+    depth_rate: float = 1.0
+    """Multiplies the learning rate once for each layer below the top one of its stack, embeddings being below the first."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, as patterns: encoder/*, or re: and a regular expression."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +332,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
+from transformer.config.init_from import InitFromConfig
 from transformer.config.model import RECURRENT, FeedForwardKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
     DATA_AXES,
@@ -30,7 +31,7 @@ _NOT_NEGATIVE = (
     "model.num_labels model.attention_soft_cap model.logit_soft_cap model.num_sinks model.num_future_tokens "
     "model.num_global_blocks model.num_random_blocks train.batch_warmup_steps model.balance_bias_rate "
     "optimizer.matrix_rate optimizer.embedding_rate optimizer.head_rate optimizer.vector_rate "
-    "model.num_shared_experts model.balance_loss model.router_z_loss objective.logit_chunk"
+    "model.num_shared_experts model.balance_loss model.router_z_loss objective.logit_chunk init_from.step"
 ).split()
 _SHARES = (
     "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
@@ -40,7 +41,7 @@ _SHARES = (
 _MAY_BE_ONE = ("optimizer.final_ratio", "objective.middle_rate", "objective.suffix_first_rate", "model.rotary_share")
 _LEAST_OR_MINUS_ONE = {**{f"parallel.{axis}": 1 for axis in MESH_AXES}, "parallel.process_id": 0}
 _LARGEST = {"seed": 2**32 - 1, "train.num_steps": 2**31 - 1, "train.batch_size": 2**24}
-_LARGEST |= {"data.sequence_length": 2**24, "model.width": 2**20, "model.num_layers": 2**14}
+_LARGEST |= {"data.sequence_length": 2**24, "model.width": 2**20, "model.num_layers": 2**14, "optimizer.depth_rate": 1}
 
 
 def problems_of(config: Config, platform: str | None = None) -> list[str]:
@@ -97,7 +98,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.weights = {data.weights}: each must be a finite number greater than 0"
     if data.tokenizer == "huggingface" and not data.tokenizer_path:
         yield "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json"
-    if data.tokenizer in ("bytes", "characters") and data.tokenizer_path:
+    if data.tokenizer == "bytes" and data.tokenizer_path:
         yield f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file"
 
 
@@ -230,6 +231,8 @@ def _run_problems(config: Config) -> Iterator[str]:
         parts = f"the warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
         yield f"optimizer.schedule = 'wsd': {parts}"
     yield from _optimizer_problems(config)
+    if config.init_from != InitFromConfig():
+        yield from importlib.import_module("transformer.config.starts").start_problems(config)
     if parallel.stage != 1 or parallel.rounds != 1:
         yield from importlib.import_module("transformer.config.pipelines").problems_of_stages(config)
     if train.batch_warmup_steps > max(0, train.num_steps):
@@ -266,6 +269,8 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
     for key in apart if optimizer.ema_decay or optimizer.name == "schedule_free" else ():
         average = name if optimizer.name == "schedule_free" else f"optimizer.ema_decay = {optimizer.ema_decay}"
         yield f"parallel.{key} = True: {average} keeps an average that is evaluated as the parameters are"
+    if optimizer.frozen:
+        yield from importlib.import_module("transformer.config.starts").frozen_problems(config)
     if optimizer.name == "schedule_free":
         yield from importlib.import_module("transformer.config.kinds").schedule_free_problems(optimizer)
 

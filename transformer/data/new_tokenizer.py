@@ -18,6 +18,8 @@ def read_tokenizer(kind: str, name: str) -> Tokenizer:
         return load_tokenizer(path)
     if not path.is_file():
         raise ConfigError(f"data.tokenizer_path = {name!r} does not exist")
+    if kind == "characters":
+        raise ConfigError(f"data.tokenizer_path = {name!r}: characters have no file; name the tokenizer/ of a run")
     if kind == "huggingface":
         return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name)
     return SentencePieceTokenizer(path.read_bytes(), name)

@@ -1,5 +1,7 @@
 """What the rules have in common: from a direction to a step, by width, weight decay and learning rate."""
 
+import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,9 @@ def descend(
     optimizer, ratio = config.optimizer, config.model.width_ratio
     rates = {"matrix": optimizer.matrix_rate, "embedding": optimizer.embedding_rate, "head": optimizer.head_rate}
     factors = map_specs(lambda spec: rates.get(spec.role, optimizer.vector_rate), specs)
+    if optimizer.depth_rate != 1:
+        depth = importlib.import_module("transformer.optimizers.depth").depth_factors(config, specs)
+        factors = jax.tree.map(operator.mul, factors, depth)
     widths = map_specs(lambda spec: ratio ** -width_power(spec) if spec.role == "matrix" else 1.0, specs)
     decayed = map_specs(lambda spec: spec.role in ("matrix", "embedding", "head"), specs)
     parts = [direction]
@@ -49,6 +54,6 @@ def _scale(factors: Tree) -> optax.GradientTransformation:
 def _against(factors: Tree) -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         rate = extra["rate"]
-        return jax.tree.map(lambda u, factor: -(rate if factor == 1 else factor * rate) * u, updates, factors), state
+        return jax.tree.map(lambda u, factor: -(factor * rate) * u, updates, factors), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from transformer.config import Config
+from transformer.config import Config, replace
 from transformer.models.parameters import Tree, is_spec, map_specs
 
 Rule = Callable[[Config, Tree], optax.GradientTransformationExtraArgs]
@@ -30,6 +30,9 @@ def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformationE
     Parameters of role `balance` are apart from all this: against the sign of their gradient, they take steps of
     `model.balance_bias_rate` (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), and the norm leaves them out.
     """
+    if frozen := config.optimizer.frozen:
+        trained = make_optimizer(replace(config, optimizer={"frozen": ()}), trained_part(config, specs))
+        return importlib.import_module("transformer.optimizers.frozen").freeze(trained, frozen, specs)
     module, name = OPTIMIZERS[config.optimizer.name]
     rule: Rule = getattr(importlib.import_module(module), name)
     norm = config.optimizer.clip_norm
@@ -45,6 +48,22 @@ def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformationE
         return optimizer
     average = importlib.import_module("transformer.optimizers.moving_average").moving_average
     return optax.chain(optimizer, average(decay))
+
+
+def trained_part(config: Config, tree: Tree) -> Tree:
+    """Returns a tree of parameters, or of something about each, without those that `optimizer.frozen` names: nodes without
+    leaves stand in their places."""
+    frozen = config.optimizer.frozen
+    return importlib.import_module("transformer.optimizers.frozen").without(frozen, tree) if frozen else tree
+
+
+def put_back(trained: Any, params: Tree) -> Tree:
+    """Returns `trained`, what `trained_part` gave, with the others from `params`."""
+
+    def chosen(new: Any, old: Any) -> Any:
+        return old if isinstance(new, optax.MaskedNode) else new
+
+    return jax.tree.map(chosen, trained, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
 
 
 def gradient_norm(gradients: Tree, specs: Tree) -> Any:

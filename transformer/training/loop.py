@@ -32,7 +32,7 @@ from transformer.training.step import compile_step, make_train_step
 
 
 def run(config: Config, workdir: PurePath) -> int:
-    """Trains until `train.num_steps`, from the last checkpoint in `workdir` if there is one.
+    """Trains until `train.num_steps`, from where `begin` says.
 
     Returns the exit status: 0 when the run is finished, 143 after SIGTERM and 130 after SIGINT with the state saved,
     DIVERGED when too many gradients in a row were not finite. Raises ConfigError for a mistake of the user's, before
@@ -42,37 +42,53 @@ def run(config: Config, workdir: PurePath) -> int:
     # Loaded by name: how a run ends that cannot go on is no part of how it goes.
     guarded = importlib.import_module("transformer.training.guard").Guard(config, workdir)
     with guarded as guard, Signals() as signals, use_rules(config):
-        # The mesh and the data, and what of the configuration depends on them.
+        # The source that a new run begins with, the mesh and the data, and what of the configuration depends on them.
+        start = None
+        if config.init_from.run or config.init_from.huggingface:
+            # Loaded by name: most runs begin with nothing.
+            config, start = importlib.import_module("transformer.training.start_from").opened(config, workdir)
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
         prepared = prepare_apart(with_window(config), show_progress=is_writer)
         config = resolve(config, prepared.tokenizer.vocab_size, prepared.num_labels)
         prepared = with_examples(prepared, objective_of(config), config)
 
-        guard.agree(fingerprint_of_the_data=prepared.fingerprint)
+        # Model and optimizer, and where each array of their state lives.
+        model = Transformer(for_platform(config.model, jax.default_backend()))
+        optimizer = make_optimizer(config, parameter_specs(model))
+        shardings = state_shardings(model, optimizer, mesh, config.parallel)
+        if start is not None:
+            config = start.check(config, prepared, model)
+
+        guard.agree(fingerprint_of_the_data=prepared.fingerprint, beginning=str(start and start.lines))
         # Loaded by name: a reader of one run needs no other places than a local directory.
         with importlib.import_module("transformer.checkpointing.places").opened(workdir, is_writer) as place:
             open_run(place.files, config, prepared, is_writer)
             place.upload()
             guard.meet(workdir / CONFIG)
 
-            # Model and optimizer, and where each array of their state lives.
-            model = Transformer(for_platform(config.model, jax.default_backend()))
-            optimizer = make_optimizer(config, parameter_specs(model))
-            shardings = state_shardings(model, optimizer, mesh, config.parallel)
-
             with jax.set_mesh(mesh), Checkpoints(place.workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
-                # The latest checkpoint, whatever mesh it was saved from; without one, a state from the seed.
-                latest = checkpoints.latest_step()
-                if latest is None:
-                    state = create_state(config, model, optimizer, shardings)
-                else:
-                    state = restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
+                state = begin(config, model, optimizer, shardings, checkpoints, start)
 
                 # Steps, and between them validations, samples and checkpoints.
-                with Report(config, place, latest or 0, is_writer) as report:
+                with Report(config, place, int(jax.device_get(state.step)), is_writer) as report:
+                    if start is not None:
+                        report.message("\n".join(start.lines))
                     loop = Loop(config, place, prepared, model, mesh, checkpoints, signals, report, guard)
                     return loop.train(state, make_train_step(config, model, optimizer, shardings), shardings)
+
+
+def begin(
+    config: Config, model: Transformer, optimizer: Any, shardings: TrainState, checkpoints: Checkpoints, start: Any
+) -> TrainState:
+    """Returns the state that a run begins with, the first of: the latest checkpoint in its own directory, whatever mesh it was
+    saved from; what `init_from` names, `start`; random values from the seed."""
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        return restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
+    if start is not None:
+        return start.state(config, model, optimizer, shardings, restore)
+    return create_state(config, model, optimizer, shardings)
 
 
 def restore(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:
@@ -136,7 +152,8 @@ class Loop:
         self._tick()
 
         with jax.transfer_guard("disallow"), contextlib.ExitStack() as trace:
-            if step and self._due(step)[0] and not self.checkpoints.is_validated(step):
+            is_resumed = step == self.checkpoints.latest_step()
+            if is_resumed and self._due(step)[0] and not self.checkpoints.is_validated(step):
                 loss, status = self._validate(step, state)  # a signal came in between
                 if loss is not None:
                     self.report.sync()

@@ -23,6 +23,7 @@ from transformer.models.feedforward import Auxiliary
 from transformer.models.parameters import Tree, bind, is_spec, parameter_specs
 from transformer.models.transformer import Outputs, Transformer, apply, prefixed
 from transformer.objectives import normalize, objective_of
+from transformer.optimizers import trained_part
 from transformer.parallel.schedules import IDLE, Table, schedule
 from transformer.parallel.sharding import constrain, partition_spec
 
@@ -42,7 +43,7 @@ def make_gradient(
         gradients, (loss, means, statistics), _ = pipeline(params, batch, key, used)
         gradients = gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
         reported = means | (normalize(statistics)[1] if statistics else {})
-        return gradients, {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
+        return trained_part(config, gradients), {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
 
     return gradient
 

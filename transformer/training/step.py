@@ -1,5 +1,6 @@
 """The training step: a pure function (state, batch) -> (state, metrics), compiled once."""
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from transformer.config import Config, microbatch_starts
 from transformer.models.parameters import Tree, parameter_specs
 from transformer.models.transformer import Transformer, apply
 from transformer.objectives import Terms, normalize, objective_of
-from transformer.optimizers import gradient_norm, make_schedule
+from transformer.optimizers import gradient_norm, make_schedule, put_back, trained_part
 from transformer.parallel.sharding import batch_sharding, replicated
 from transformer.training.state import TrainState
 
@@ -31,6 +32,7 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the step for `config`; `shardings` pin the gradients to the layout of their parameters."""
     schedule, specs, starts = make_schedule(config), parameter_specs(model), microbatch_starts(config)
+    trained = functools.partial(trained_part, config)
     layout = None if shardings is None else shardings.params
     if config.parallel.shard_optimizer and shardings is not None:
         layout = importlib.import_module("transformer.parallel.moments").split_all(layout, specs)
@@ -46,11 +48,11 @@ def make_train_step(
         parts = jnp.sum(state.step >= jnp.asarray(starts)) if starts[-1] else len(starts)
         gradients, metrics = gradient(state.params, batch, key, parts)
         with jax.named_scope("optimizer"):
-            norm = gradient_norm(gradients, specs)
+            norm = gradient_norm(gradients, trained(specs))
             rate = jnp.asarray(schedule(state.step), jnp.float32)
             opt_state = state.opt_state if near is None else jax.device_put(state.opt_state, near)
             updates, new_opt_state = optimizer.update(gradients, opt_state, state.params, rate=rate)
-            params = optax.apply_updates(state.params, updates)
+            params = put_back(optax.apply_updates(trained(state.params), updates), state.params)
             finite = jnp.isfinite(optax.tree.norm(gradients)) & jnp.isfinite(metrics["loss"])
 
             def keep(new: Any, old: Any) -> Any:
@@ -78,7 +80,8 @@ def make_terms(config: Config, model: Transformer) -> Callable[..., Terms]:
 
 
 def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Callable[..., tuple[Tree, Metrics]]:
-    """Returns the function from (params, batch, dropout key, microbatches) to the batch's gradient and metrics.
+    """Returns the function from (params, batch, dropout key, microbatches) to the batch's gradient, that of what is trained,
+    and metrics.
 
     The batch may be split into microbatches whose gradients are summed. Each term of the loss is divided by its
     weight in the whole batch, so that the sum is the gradient of the whole however unevenly the weights fall. All parts
@@ -86,21 +89,22 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
     """
     if config.parallel.stage != 1:
         return importlib.import_module("transformer.training.pipeline").make_gradient(config, model, layout)
-    terms_of = make_terms(config, model)
+    terms_of, trained = make_terms(config, model), functools.partial(trained_part, config)
     parts = config.train.num_microbatches
 
-    def part_loss(params: Tree, batch: Batch, key: Array | None, weights: Any) -> tuple[Array, Any]:
-        terms = terms_of(params, batch, key)
+    def part_loss(moved: Tree, params: Tree, batch: Batch, key: Array | None, weights: Any) -> tuple[Array, Any]:
+        terms = terms_of(put_back(moved, params), batch, key)
         loss, means = normalize(terms.losses | terms.auxiliary, weights)
         return loss, (means, terms.statistics)
 
     def pin(gradients: Tree) -> Tree:
-        return gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
+        return gradients if layout is None else jax.lax.with_sharding_constraint(gradients, trained(layout))
 
     def gradient(params: Tree, batch: Batch, key: Array | None, used: Any = parts) -> tuple[Tree, Metrics]:
+        moved = trained(params)
         differentiate = jax.value_and_grad(part_loss, has_aux=True)
         if parts == 1:
-            (loss, (means, statistics)), gradients = differentiate(params, batch, key, None)
+            (loss, (means, statistics)), gradients = differentiate(moved, params, batch, key, None)
             gradients = pin(gradients)
         else:
             # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
@@ -112,10 +116,10 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
             def accumulate(number: Any, total: Any) -> Any:
                 part = {name: values[number] for name, values in split.items()}
                 part_key = None if key is None else jax.random.fold_in(key, number)
-                (loss, (means, statistics)), gradients = differentiate(params, part, part_key, weights)
+                (loss, (means, statistics)), gradients = differentiate(moved, params, part, part_key, weights)
                 return jax.tree.map(jnp.add, total, (pin(gradients), loss, means, statistics))
 
-            zero = (params, jnp.zeros(()), weights, whole.statistics)
+            zero = (moved, jnp.zeros(()), weights, whole.statistics)
             zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), zero)
             gradients, loss, means, statistics = jax.lax.fori_loop(0, used, accumulate, zero)
         reported = means | (normalize(statistics)[1] if statistics else {})
