@@ -46,10 +46,8 @@ def _held_out_problems(data: DataConfig, kind: DataKind, name: str) -> Iterator[
         yield f"data.validation_path = {data.validation_path!r} holds out files beside data.path, which is not given"
     if data.validation_path and data.validation_tail is not None:
         yield f"data.validation_tail = {data.validation_tail}: data.validation_path is what is held out; give one of them"
-    if data.validation_split:
+    if data.validation_split and not (data.path or data.source_path):
         others = [source for source in data.source if not source.startswith(("tfds:", "hf:"))]
-        label = f"data.validation_split = {data.validation_split!r}"
-        if data.path or data.source_path:
-            yield f"{label}: files have no splits; use data.validation_path or data.validation_documents"
-        elif others:
+        if others:
+            label = f"data.validation_split = {data.validation_split!r}"
             yield f"{label}: data.source = {others[0]!r} has no splits, only tfds: and hf: have"

@@ -131,7 +131,8 @@ class Form:
         begin, end = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
         first, second, *others = json.loads(document)
         if self.target == "answers":
-            return answers.encode(first, answers.Passage(others[0], tokenizer), second, tokenizer)
+            known = [(start, text) for start, text in second]
+            return answers.encode(first, answers.Passage(others[0], tokenizer), known, tokenizer)
         if self.kind == "pairs":
             return np.append(tokenizer.encode(first), end), np.concatenate([begin, tokenizer.encode(second), end])
         if not self.words:
