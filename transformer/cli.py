@@ -94,6 +94,8 @@ class StudyOptions:
     """Seeds that each configuration is trained with."""
     only: tuple[str, ...] = ()
     """Names of the runs to make; none: all."""
+    text: tuple[str, ...] = ()
+    """Files or globs of other text to pretrain on (transfer)."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -206,7 +208,9 @@ def study(options: StudyOptions) -> int:
         raise ConfigError("--seeds has no value: give at least one")
     if "://" in options.workdir:
         raise ConfigError(f"--workdir = {options.workdir!r}: the directory of a study is local")
-    run_study(options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser())
+    run_study(
+        options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser(), options.text
+    )
     return 0
 
 
