@@ -79,13 +79,15 @@ class Checkpoints:
         """Returns whether the checkpoint of `step` has more than parameters."""
         return self._manager.item_metadata(step).get(REST) is not None
 
-    def save(self, step: int, params: Any, rest: Any, validation_loss: float | None = None) -> None:
-        """Starts a save; it becomes visible, by a rename, only once it is whole. A loss that is NaN counts as infinite.
+    def save(self, step: int, params: Any, rest: Any = None, validation_loss: float | None = None) -> None:
+        """Starts a save, of `params` alone if there is nothing else; it becomes visible, by a rename, only once it is whole.
+        A loss that is NaN counts as infinite.
         Raises OSError if the disk failed this save or the one before."""
         if step in self._manager.all_steps():
             return
         metrics = None if validation_loss is None else {"validation_loss": min(math.inf, validation_loss)}
-        items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
+        items = {PARAMETERS: ocp.args.StandardSave(params)}
+        items |= {} if rest is None else {REST: ocp.args.StandardSave(rest)}
         shards = [shard for leaf in jax.tree.leaves((params, rest)) for shard in leaf.addressable_shards]
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + 2**20  # and metadata
         if isinstance(self._directory, Path) and shutil.disk_usage(self._directory).free < needed:
@@ -111,6 +113,9 @@ class Checkpoints:
 
         Raises ConfigError if a shape, a type or the tree itself differs: Orbax would silently cast types.
         """
+        if REST in items and not self.is_resumable(step):
+            alone = f"checkpoint {step} of {self._directory} holds parameters alone"
+            raise ConfigError(f"{alone}: begin another run with them by init_from.run")
         stored = self._manager.item_metadata(step)
         problems: list[str] = []
         for name, wanted in items.items():

@@ -63,6 +63,7 @@ def transfer(start: InitFromConfig, source: Tree, target: Tree, label: str) -> T
     same: dict[str, str] = {}
     fitted: dict[str, tuple[str, Fit, str]] = {}
     fresh: list[str] = []
+    unfit: set[str] = set()
     for path, spec in new.items():
         place = _place(start.rename, path)
         if not _is_chosen(start, path):
@@ -77,6 +78,7 @@ def transfer(start: InitFromConfig, source: Tree, target: Tree, label: str) -> T
         else:
             fits = _fit(start, old[place], spec)
             if isinstance(fits, str):
+                unfit.add(place)
                 shapes = f"{path} is {spec.shape}, and {old[place].shape} in {label}"
                 problems.append(f"{shapes}: {fits}; init_from.exclude lets it begin as new")
             else:
@@ -84,7 +86,7 @@ def transfer(start: InitFromConfig, source: Tree, target: Tree, label: str) -> T
     used = {*same.values(), *(place for place, *_ in fitted.values())}
     left = [path for path in old if path not in used]
     for path in left:
-        if _is_chosen(start, path) and path not in fresh and not matches(start.allow_extra, path):
+        if _is_chosen(start, path) and path not in {*fresh, *unfit} and not matches(start.allow_extra, path):
             where = f"{path} {old[path].shape} of {label} is not in the model"
             problems.append(f"{where}: leave it by init_from.allow_extra")
     if not used and not problems:

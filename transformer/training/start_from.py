@@ -96,7 +96,20 @@ def _open_run(config: Config) -> Source:
 def _open_folder(config: Config) -> Source:
     # Loaded by name: only runs that begin with such a folder have to know its layout.
     reading = importlib.import_module("transformer.huggingface.reading")
-    return reading.source(Path(config.init_from.huggingface).expanduser())
+    folder = importlib.import_module("transformer.huggingface.folder").Folder(
+        Path(config.init_from.huggingface).expanduser()
+    )
+    family, model = reading.model_of(folder)
+    reading.matched(folder, family, model)
+    read_tokenizer = importlib.import_module("transformer.data.new_tokenizer").read_tokenizer
+    files = {"tokenizer.json": "huggingface", "tokenizer.model": "bpe"}
+    found = next((name for name in files if folder.has(name)), None)
+    tokenizer = None if found is None else read_tokenizer(files[found], str(folder.file(found)))
+
+    def read(mesh: Mesh) -> Tree:
+        return reading.read_parameters(folder, family, model, mesh)
+
+    return Source(str(folder.path), model, read, tokenizer)
 
 
 # What the source decides.
@@ -244,6 +257,8 @@ class Start:
             )
             place = f", read on from step {source.step}" if start.progress == "keep" else ", from its beginning"
             yield f"corpus: {corpus}{place}"
+        if source.tokenizer is None:
+            yield "tokenizer: the source has none, and data.tokenizer is taken to be that which it was trained with"
         yield f"optimizer: {'the state of the source' if start.optimizer == 'keep' else 'a fresh state'}"
 
     def state(
