@@ -29,6 +29,8 @@ def task_problems(config: Config, kind: DataKind, name: str) -> Iterator[str]:
         yield f"{name} needs three fields: {fields}"
     if config.objective.pooling != "auto" and objective not in _ONE_A_TEXT:
         yield f"objective.pooling = {config.objective.pooling!r}: {name} tells nothing of a whole text"
+    if objective == "text_to_text" and data.source_path and not data.path:
+        yield f"data.source_path = {data.source_path!r}: {name} learns from records; 'seq2seq' from files of lines as well"
     for key in ("source_prefix", "label_words") if objective != "text_to_text" else ():
         if value := getattr(data, key):
             yield f"data.{key} = {value!r}: only 'text_to_text' has it, not {name}"
