@@ -1,6 +1,7 @@
 """`transformer predict`: what a file's records are given is what the model says of each alone."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.run import CHECKPOINTS
 from transformer.config import CheckpointConfig, Config, ConfigError, replace, to_json
 from transformer.data.tokenizers import BOS, EOS
-from transformer.models.transformer import apply
+from transformer.models.parameters import Tree
+from transformer.models.transformer import Transformer, apply
 from transformer.parallel import sharding, startup
 from transformer.parallel.sharding import make_mesh
 
@@ -34,13 +36,13 @@ def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Predict:
     monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.chdir(tmp_path)
 
-    def run(objective: str, name: str, text: str, labels: tuple[str, ...] = (), **changes: Any) -> list[dict[str, Any]]:
+    def run(task: str, name: str, text: str, labels: tuple[str, ...] = (), **changes: Any) -> list[dict[str, Any]]:
         model, params = build(**changes.get("model", {}))
         config = replace(
             Config(),
             model=dataclasses.asdict(model.config),
             data={"tokenizer": "characters", "sequence_length": 24, "path": ("x.jsonl",)} | changes.get("data", {}),
-            objective={"name": objective} | changes.get("objective", {}),
+            objective={"name": task} | changes.get("objective", {}),
             train={"batch_size": 2},
             parallel={"fsdp": 1},
             compilation_cache_dir="",
@@ -66,9 +68,20 @@ def alone(changes: dict[str, Any], *texts: str) -> tuple[np.ndarray, np.ndarray]
     ids = [BOS]
     for text in texts:
         ids += [*TOKENIZER.encode(text).tolist(), EOS]
-    row = {"inputs": ids, "positions": range(len(ids)), "segment_ids": [1] * len(ids)}
-    outputs = apply(model, params, {name: jnp.asarray(list(values))[None] for name, values in row.items()})
-    return np.asarray(outputs.logits(outputs.hidden))[0], np.array(ids)
+    return np.asarray(logits_of(model, params, row_of(ids)))[0, : len(ids)], np.array(ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model: Transformer, params: Tree, batch: dict[str, jax.Array]) -> jax.Array:
+    outputs = apply(model, params, batch)
+    return outputs.logits(outputs.hidden)
+
+
+def row_of(ids: list[int], name: str = "", length: int = 32) -> dict[str, jax.Array]:
+    """A text by itself, in a row of one length, so that one compilation serves all."""
+    padding = [0] * (length - len(ids))
+    row = {"inputs": ids + padding, "positions": [*range(len(ids)), *padding], "segment_ids": [1] * len(ids) + padding}
+    return {name + key: jnp.asarray(values)[None] for key, values in row.items()}
 
 
 @pytest.mark.parametrize("architecture", ["encoder", "decoder"])
@@ -152,14 +165,8 @@ def test_words_for_labels_are_ranked(predict: Predict) -> None:
         sums = []
         for word in ("bad", "egg h"):
             ids = [BOS, *TOKENIZER.encode(word).tolist(), EOS]
-            rows = {"inputs": ids[:-1], "positions": range(len(ids) - 1), "segment_ids": [1] * (len(ids) - 1)}
-            rows |= {
-                "encoder_inputs": source,
-                "encoder_positions": range(len(source)),
-                "encoder_segment_ids": [1] * len(source),
-            }
-            outputs = apply(network, params, {name: jnp.asarray(list(values))[None] for name, values in rows.items()})
-            logs = np.asarray(jax.nn.log_softmax(outputs.logits(outputs.hidden)))[0]
+            logits = logits_of(network, params, row_of(ids[:-1]) | row_of(source, "encoder_"))
+            logs = np.asarray(jax.nn.log_softmax(logits))[0]
             sums.append(logs[np.arange(len(ids) - 1), ids[1:]].sum())
         expected = np.asarray(jax.nn.softmax(jnp.asarray(sums)))
         np.testing.assert_allclose(list(result["probabilities"].values()), expected, atol=1e-4)

@@ -41,14 +41,25 @@ def test_scores_are_those_of_all_predictions(tmp_path: Path) -> None:
             evaluator = Evaluator(config, prepared, model, mesh)
             found.append(evaluator(params))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+    @jax.jit
+    def logits_of(batch: dict[str, jax.Array]) -> jax.Array:
+        outputs = apply(model, params, batch)
+        return outputs.logits(outputs.hidden)
+
     split, predicted, targets = prepared.sources[0].validation, [], []
     for number in range(split.num_windows):
         window = split.window(number)
         for segment in range(1, int(window["segment_ids"].max()) + 1):
             here = window["segment_ids"] == segment
-            row = {name: window[name][here][None] for name in ("inputs", "positions")}
-            outputs = apply(model, params, row | {"segment_ids": np.ones_like(row["inputs"])})
-            predicted.append(int(np.argmax(outputs.logits(outputs.hidden)[0, -1])))
+            names, size = ("inputs", "positions", "segment_ids"), int(here.sum())
+            row = {
+                name: np.pad(np.minimum(window[name][here], 1 if name == "segment_ids" else 999), (0, 16 - size))
+                for name in names
+            }
+            predicted.append(
+                int(np.argmax(logits_of({name: values[None] for name, values in row.items()})[0, size - 1]))
+            )
             targets.append(int(window["labels"][here][0]))
     assert 0 < np.mean(np.equal(predicted, targets)) < 1 and found[0]["tokens"] == len(targets) > 20
     assert found[0]["accuracy"] == pytest.approx(np.mean(np.equal(predicted, targets)))

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformer.arguments import load_config
 from transformer.benchmarks.report import table
-from transformer.config import Config, ConfigError, replace, write_atomically
+from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.data import files
 from transformer.data.forms import form_of
 from transformer.data.sources import open_sources
@@ -47,7 +47,14 @@ def prepare(base: Config, seeds: Sequence[int], text: Sequence[str], directory: 
         _write(data / "text.jsonl", [{"text": piece} for piece in _pieces(text)])
         sources.append(f"local_text:{data / 'text.jsonl'}")
     run = directory / "pretrained"
-    train_run("the language model", language_model(base, tuple(sources)), run)
+    config = to_json(language_model(base, tuple(sources)))
+    finished = directory / "pretrained.json"
+    if not finished.exists():
+        if train_run("the language model", from_json(config), run):
+            raise ConfigError(f"the language model in {run} has diverged: give it another optimizer.learning_rate")
+        write_atomically(finished, config)
+    elif finished.read_text() != config:
+        raise ConfigError(f"{finished} is of another language model: choose another --workdir, or delete {directory}")
     fields = {"text_field": "text", "second_text_field": "", "label_field": "label"}
     files_of = {
         "path": (str(data / "train-{count}-{seed}.jsonl"),),
