@@ -7,7 +7,7 @@ the seed gives. The language model has read the sentences of all, without their 
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from transformer.studies.study import Outcome, Study, Trial, last, spread, train
 STEPS: dict[int | None, int] = {100: 100, 1000: 200, None: 900}
 """Steps by number of labels, None being all: what a model from random values needs to fit them."""
 
-ARMS: dict[str, dict[str, Any]] = {
-    "scratch": {"init_from": {"run": "", "allow_missing": ()}},
-    "pretrained": {},
+ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "scratch": lambda base: {"init_from": {"run": "", "allow_missing": ()}},
+    "pretrained": lambda base: {},
 }
 """What is changed of a run that begins with the language model, by name."""
 
@@ -156,7 +156,7 @@ def trials(base: Config) -> list[Trial]:
         changes = {"train": {"num_steps": steps}, "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}
         own = {"path": (path.replace("{count}", name),)}
         for arm, change in ARMS.items():
-            config = replace(replace(base, data=own, **changes), **change)
+            config = replace(replace(base, data=own, **changes), **change(base))
             made.append(Trial(f"{arm}_{name}", config, {"beginning": arm, "labels": count}))
     return made
 
