@@ -22,8 +22,10 @@ from transformer.huggingface.command import CompareOptions, ExportOptions, Impor
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
 from transformer.inference.embed import EmbedOptions
+from transformer.inference.predict_options import PredictOptions
 from transformer.plans.command import PlanOptions
 from transformer.studies import STUDIES
+from transformer.training.metrics import SCORES
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class StudyOptions:
     """Seeds that each configuration is trained with."""
     only: tuple[str, ...] = ()
     """Names of the runs to make; none: all."""
+    text: tuple[str, ...] = ()
+    """Files or globs of other text to pretrain on (transfer)."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -173,7 +177,12 @@ def evaluate(options: EvaluateOptions) -> int:
         print(json.dumps(result))
         return 0
     print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} tokens)")
-    print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token, accuracy {result['accuracy']:.4f}")
+    if "cross_entropy" in result:
+        accuracy = f", accuracy {result['accuracy']:.4f}" if "accuracy" in result else ""
+        print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token{accuracy}")
+    for name, label in SCORES.items():
+        if name in result:
+            print(f"  {label:<13} {result[name]:.4f}")
     if "bits_per_byte" in result:
         print(f"  bits a byte   {result['bits_per_byte']:.4f}")
     if options.baseline:
@@ -212,6 +221,12 @@ def compare(options: CompareOptions) -> int:
     return huggingface.compare(options, *_open(options.workdir, options.config))
 
 
+def predict(options: PredictOptions) -> int:
+    run, config, mesh = _open(options.workdir, options.config)
+    importlib.import_module("transformer.inference.predict").write_predictions(options, run, config, mesh)
+    return 0
+
+
 def study(options: StudyOptions) -> int:
     from transformer.studies.study import run_study
 
@@ -219,7 +234,9 @@ def study(options: StudyOptions) -> int:
         raise ConfigError("--seeds has no value: give at least one")
     if "://" in options.workdir:
         raise ConfigError(f"--workdir = {options.workdir!r}: the directory of a study is local")
-    run_study(options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser())
+    run_study(
+        options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser(), options.text
+    )
     return 0
 
 
@@ -386,6 +403,7 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
+    "predict": (PredictOptions, "labels, numbers, answers or texts for the records of a file"),
     "embed": (EmbedOptions, "turn texts into vectors, for search and comparison"),
     "import": (ImportOptions, "make a run of a published model, of a folder or of the hub"),
     "export": (ExportOptions, "write a run as transformers reads it"),

@@ -323,7 +323,9 @@ def test_mistakes_in_pairs(pairs_config: Callable[..., Config], tmp_path: Path) 
         prepare(pairs_config(source_path=(three,), target_path=(latin,)), False)
     with pytest.raises(ConfigError, match=r"data\.target_path = '/nowhere': does not exist"):
         prepare(pairs_config(source_path=(three,), target_path=("/nowhere",)), False)
-    with pytest.raises(ConfigError, match=r"three: pairs come from .*records in \.jsonl or \.parquet files"):
+    with pytest.raises(
+        ConfigError, match=r"three: pairs come from .*records in \.jsonl, \.parquet, \.csv or \.tsv files"
+    ):
         prepare(pairs_config(path=(three,)), False)
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"source": "a", "target": "b"}\n{"source": "a", "text": "b"}\n')

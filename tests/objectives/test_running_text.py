@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.config import Config, ConfigError, problems_of, replace
+from transformer.config import OBJECTIVE_DATA, Config, ConfigError, problems_of, replace
 from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.models.parameters import init_parameters
 from transformer.models.transformer import Transformer
@@ -363,8 +363,11 @@ def test_label_smoothing_is_the_cross_entropy_of_a_mixed_distribution():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_what_an_objective_needs_of_the_model_is_told(name):
     wrong = {"decoder": "encoder", "encoder": "encoder_decoder", "encoder_decoder": "decoder"}
-    good = NEEDS.get(name, {}).get("architecture", "encoder_decoder" if name == "seq2seq" else "decoder")
-    other = "encoder_decoder" if name.endswith("classification") else wrong[good]
+    good = NEEDS.get(name, {}).get(
+        "architecture", "encoder_decoder" if name in ("seq2seq", "text_to_text") else "decoder"
+    )
+    labelled = OBJECTIVE_DATA.get(name) == "labelled"
+    other = "encoder_decoder" if labelled else wrong[good]
     config = replace(Config(), objective={"name": name}, model={**NEEDS.get(name, {}), "architecture": other})
     found = [problem for problem in problems_of(config) if problem.startswith("model.architecture")]
     assert len(found) == 1 and f"objective.name = {name!r} needs '{good}'" in found[0].replace("'encoder' or ", "")

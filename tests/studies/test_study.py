@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from transformer.arguments import load_config
 from transformer.benchmarks.report import table
 from transformer.config import ConfigError, problems_of, replace, to_json
-from transformer.studies import STUDIES, ablation, mup, precision, recall
+from transformer.studies import STUDIES, ablation, mup, precision, recall, transfer
 from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread
 from transformer.training import DIVERGED
 
@@ -228,3 +229,51 @@ def test_a_signal_is_handed_on_once_and_waited_for(number, tmp_path):
     thread.join()
     assert saved.read_text() == "saved" and signal.getsignal(number) == before
     assert _run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], dict(os.environ)) == 137
+
+
+def test_transfer_gives_both_beginnings_the_same_sentences(tmp_path, monkeypatch):
+    lines = [f"{number % 2} sentence {number}" for number in range(1200)]
+    (tmp_path / "train.txt").write_text("".join(line + "\n" for line in lines))
+    (tmp_path / "dev.txt").write_text("1 good\n0 bad\n")
+    (tmp_path / "more.md").write_text("\n\n".join(f"paragraph {number} " + "x" * 900 for number in range(5)))
+    trained = []
+    monkeypatch.setattr(transfer, "train_run", lambda name, config, workdir: trained.append(config) or 0)
+    base, _, _ = load_config("sst2_from_pretrained")
+    paths = {"path": (str(tmp_path / "train.txt"),), "validation_path": (str(tmp_path / "dev.txt"),)}
+    base = replace(base, data=paths | {"cache_dir": str(tmp_path / "cache"), "num_workers": 1})
+    for _ in range(2):  # the second time, the language model is there
+        found = transfer.prepare(base, (0, 1), (str(tmp_path / "more.md"),), tmp_path / "study")
+    [language_model] = trained
+    assert not problems_of(language_model) and language_model.objective.name == "causal"
+    texts = [Path(source.removeprefix("local_text:")) for source in language_model.data.source]
+    assert [len(path.read_text().splitlines()) for path in texts] == [1200, 2]
+
+    def sentences(count, seed):
+        path = found.data.path[0].replace("{count}", count).replace("{seed}", str(seed))
+        return Path(path).read_text().splitlines()
+
+    for seed in (0, 1):
+        whole = sentences("all", seed)
+        assert (
+            len(set(whole)) == 1200
+            and sentences("100", seed) == whole[:100]
+            and sentences("1000", seed) == whole[:1000]
+        )
+    assert sentences("100", 0) != sentences("100", 1)
+    by_name = {trial.name: trial.seeded(1) for trial in transfer.trials(found)}
+    assert not [problem for config in by_name.values() for problem in problems_of(config)]
+    scratch, pretrained = by_name["scratch_100"], by_name["pretrained_100"]
+    assert replace(scratch, init_from=vars(pretrained.init_from)) == pretrained and not scratch.init_from.run
+    assert scratch.data.path[0].endswith("train-100-1.jsonl")
+
+
+def test_transfer_tells_what_pretraining_adds():
+    found = [
+        outcome(f"{arm}_100", loss, seed, beginning=arm, labels=100)
+        for arm, losses in (("scratch", (0.5, 0.46)), ("pretrained", (0.4, 0.36)))
+        for seed, loss in enumerate(losses)
+    ]
+    assert "| 100 | 52.0 ± 2.8 | 62.0 ± 2.8 | +10.0 |" in transfer.report(found)
+    figure = Figure()
+    transfer.draw(found, figure)
+    assert len(figure.axes[0].lines) == 4

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from transformer.checkpointing.run import for_platform, resolve
 from transformer.config import Config, data_kind, source_length, validate
+from transformer.config.tasks import NUM_OUTPUTS
 from transformer.models import flops
 from transformer.models.parameters import num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
@@ -102,11 +103,18 @@ def recomputed_flops(config: Config) -> float:
     return float(config.train.batch_size * (logits + sum(layers[name] for name in again)))
 
 
+def fewest_labels(config: Config) -> int:
+    """Returns the labels of a task whose data is not there to tell them; 0 where there are none, or they are given."""
+    if data_kind(config) != "labelled" or config.model.num_labels:
+        return 0
+    return NUM_OUTPUTS.get(config.objective.name, FEWEST_LABELS)
+
+
 def make_program(config: Config) -> Program:
     """Compiles the step that `train` would run; raises ConfigError for a configuration that it would refuse."""
     mesh = make_mesh(validate(config))
     size = vocabulary.without_data(config)
-    labels = FEWEST_LABELS if data_kind(config) == "labelled" and not config.model.num_labels else 0
+    labels = fewest_labels(config)
     config = resolve(with_window(config), size, labels)
     model = Transformer(for_platform(config.model, jax.default_backend()))
     optimizer = make_optimizer(config, parameter_specs(model))

@@ -35,6 +35,8 @@ class Run:
     config: Config
     tokenizer: Tokenizer
     data_fingerprint: str
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in order of their numbers; none where they have no names."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def load_run(workdir: PurePath) -> Run:
         problem = f"{workdir} is not a run directory: it has no {Path(error.filename).name}"
         raise ConfigError(problem) from error
     config = from_json(text, str(workdir / CONFIG))
-    return Run(workdir, config, load_tokenizer(workdir / TOKENIZER), corpus["fingerprint"])
+    labels = tuple(corpus.get("labels", ()))
+    return Run(workdir, config, load_tokenizer(workdir / TOKENIZER), corpus["fingerprint"], labels)
 
 
 def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool) -> None:
@@ -82,7 +85,8 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         raise ConfigError(f"{workdir} is not a run directory: it has no {CONFIG}, but {' and '.join(strangers)}")
     if is_writer:
         prepared.tokenizer.save(workdir / TOKENIZER)
-        write_atomically(workdir / CORPUS, json.dumps({"fingerprint": prepared.fingerprint}) + "\n")
+        corpus = {"fingerprint": prepared.fingerprint, "labels": prepared.labels}
+        write_atomically(workdir / CORPUS, json.dumps(corpus) + "\n")
         # Which process this was is not the run's.
         here = ParallelConfig()
         alone = {"coordinator": here.coordinator, "num_processes": here.num_processes, "process_id": here.process_id}

@@ -19,7 +19,14 @@ def absolute(data: DataConfig) -> dict[str, Any]:
 
     source = tuple(name if name.startswith(("python_stdlib", "tfds:")) else of(name) for name in data.source)
     tokenizer = str(Path(data.tokenizer_path).expanduser().absolute()) if data.tokenizer_path else ""
-    paths = ("path", "source_path", "target_path", "validation_source_path", "validation_target_path")
+    paths = (
+        "path",
+        "validation_path",
+        "source_path",
+        "target_path",
+        "validation_source_path",
+        "validation_target_path",
+    )
     files = {name: tuple(map(of, getattr(data, name))) for name in paths}
     local = data.prepared and "://" not in data.prepared
     prepared = str(Path(data.prepared).expanduser().absolute()) if local else data.prepared

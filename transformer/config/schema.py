@@ -32,6 +32,9 @@ OBJECTIVE_DATA: dict[str, DataKind] = {
     "seq2seq": "pairs",
     "sequence_classification": "labelled",
     "token_classification": "labelled",
+    "regression": "labelled",
+    "span_extraction": "labelled",
+    "text_to_text": "pairs",
 }
 """What objectives need that do not learn from running text."""
 
@@ -52,6 +55,10 @@ class DataConfig:
     """Text sources: `python_stdlib`, `tfds:NAME[/CONFIG]`, `hf:NAME_OR_FOLDER`, or `local_text:PATH_OR_GLOB`."""
     path: tuple[str, ...] = ()
     """Local files or globs (.txt, .md, .jsonl, .parquet, plain or .gz or .zst); when given they replace what else is named."""
+    validation_path: tuple[str, ...] = ()
+    """Local files or globs to validate on, with `path`; none: validation_documents of it are held out."""
+    validation_split: str = ""
+    """Split of a tfds: or hf: dataset to validate on; empty: validation_documents of its train split are held out."""
     weights: tuple[float, ...] = ()
     """Share of the examples drawn from each source; empty means in proportion to the number of their tokens."""
     text_field: str = "text"
@@ -68,8 +75,14 @@ class DataConfig:
     """Field of a record that holds the text to read, for pairs."""
     target_field: str = "target"
     """Field of a record that holds the text to write, for pairs."""
+    second_text_field: str = ""
+    """Field of a text that is read after the first: a hypothesis, or the passage that a question is about. Empty: none."""
+    source_prefix: str = ""
+    """Words in front of every text to read, which tell the task (`text_to_text`)."""
     label_field: str = "label"
-    """Field of a record that holds its class, or a list with the class of each word."""
+    """Field of a record that holds its class, a list with the class of each word, its number, or its answers."""
+    label_words: tuple[str, ...] = ()
+    """What is written for each label, VALUE=WORD (`text_to_text`); none: the target field holds text."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
     validation_documents: float = 0.02
@@ -119,6 +132,9 @@ class ObjectiveConfig:
         "seq2seq",
         "sequence_classification",
         "token_classification",
+        "regression",
+        "span_extraction",
+        "text_to_text",
         "associative_recall",
     ] = "causal"
     """`causal`: each token from those before it; `transformer.objectives` has the table of all."""
@@ -142,6 +158,10 @@ class ObjectiveConfig:
     """Share of those in the order suffix, prefix, middle; the others have the prefix first."""
     future_weight: float = 0.3
     """Weight of the loss of tokens beyond the next (`multi_token`)."""
+    pooling: Literal["auto", "first", "last", "mean"] = "auto"
+    """Where a text's class or number is told: at its first token, its last, or by the mean of all; auto: where all is seen."""
+    max_answer_length: int = 30
+    """Most tokens of an answer that is looked for (`span_extraction`)."""
     num_pairs: int = 16
     """Most keys that an example has, whose values are asked for (`associative_recall`)."""
 

@@ -114,6 +114,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "seq2seq": ("encoder_decoder",),
     "sequence_classification": ("encoder", "decoder"),
     "token_classification": ("encoder", "decoder"),
+    "regression": ("encoder", "decoder"),
+    "span_extraction": ("encoder", "decoder"),
+    "text_to_text": ("encoder_decoder",),
     "associative_recall": ("decoder",),
 }
 """What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
@@ -131,12 +134,7 @@ def _example_problems(config: Config) -> Iterator[str]:
     if (config.objective.name == "multi_token") != (model.num_future_tokens > 0):
         heads = f"model.num_future_tokens = {model.num_future_tokens}"
         yield f"{heads}: objective.name = 'multi_token' needs at least 1, the others 0, and this is {name}"
-    if kind != "labelled" and model.num_labels > 0:
-        classifiers = "'sequence_classification' and 'token_classification'"
-        yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
-    mask, size = config.objective.mask_token, model.vocab_size
-    if mask is not None and size is not None and mask >= size:
-        yield f"objective.mask_token = {mask}: must be below model.vocab_size = {size}"
+    yield from importlib.import_module("transformer.config.tasks").task_problems(config, kind, name)
     if config.objective.name == "associative_recall":
         yield from importlib.import_module("transformer.config.kinds").recall_problems(config)
     length, rows = source_length(config), model.num_positions

@@ -76,8 +76,19 @@ class LocalPairs(LocalText):
         return forms.read_pairs(self.sources, self.targets, self.form.errors)
 
 
-def build(builder: tfds.core.DatasetBuilder) -> Any:
-    """Returns the data source of a builder's train split (or its first), which is made if it is missing."""
+def label_names(builder: tfds.core.DatasetBuilder, form: Form) -> tuple[str, ...]:
+    """Returns what a dataset calls the labels that `form` asks for, in order of their numbers."""
+    if form.kind != "labelled":
+        return ()
+    features, field = builder.info.features, form.fields[1][1]
+    feature: Any = features[field] if isinstance(features, tfds.features.FeaturesDict) and field in features else None
+    feature = getattr(feature, "feature", feature)  # of a list, that of its elements
+    names = feature.names if isinstance(feature, tfds.features.ClassLabel) else ()
+    return tuple(names or ())
+
+
+def build(builder: tfds.core.DatasetBuilder, split: str = "") -> Any:
+    """Returns the data source of a builder's split (its train split, or its first), which is made if it is missing."""
     root = Path(builder.data_dir)
     with files.locked(root.parent):
         if not root.exists():
@@ -91,7 +102,10 @@ def build(builder: tfds.core.DatasetBuilder) -> Any:
                 raise ConfigError(f"TFDS cannot make {builder.name} without a package: {error}") from error
     # Reopened by directory, so that it can be sent to worker processes.
     splits: Any = tfds.builder_from_directory(root).as_data_source()
-    return splits["train" if "train" in splits else next(iter(splits))]
+    if split and split not in splits:
+        known = f"{', '.join(splits)}{nearest(split, tuple(splits))}"
+        raise ConfigError(f"data.validation_split = {split!r}: {builder.name} has the splits {known}")
+    return splits[split or ("train" if "train" in splits else next(iter(splits)))]
 
 
 def named(name: str, data_dir: Path) -> tfds.core.DatasetBuilder:

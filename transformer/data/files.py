@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformer.config import ConfigError, write_atomically
+from transformer.config import ConfigError, nearest, write_atomically
 
 SUFFIXES = frozenset(
     ".txt .md .jsonl .parquet .rst .tex .html .xml .csv .tsv .json .yaml .toml .py .pyi .ipynb .c .h .cc .cpp .hpp .cu "
@@ -107,12 +107,13 @@ def read_records(file: TextFile, fields: Sequence[str], errors: str) -> Iterator
         yield from readers.get(file.kind, _read_whole)(file, fields, errors)
 
 
-def read_lines(file: TextFile, errors: str) -> Iterator[str]:
-    """Yields a file's lines without their ends. Raises ConfigError as `read_records` does."""
+def read_lines(file: TextFile, errors: str, ends: bool = False) -> Iterator[str]:
+    """Yields a file's lines, without their ends unless asked for. Raises ConfigError as `read_records` does."""
     offset = 0
     with _told_if_broken(file), file.open() as stream:
         for line in stream:
-            yield decode(line, errors, str(file.path), offset).removesuffix("\n").removesuffix("\r")
+            text = decode(line, errors, str(file.path), offset)
+            yield text if ends else text.removesuffix("\n").removesuffix("\r")
             offset += len(line)
 
 
@@ -141,7 +142,8 @@ def decode(data: bytes, errors: str, where: str, offset: int = 0) -> str:
 def value_of(record: Mapping[str, Any], field: str, where: str, key: str) -> Any:
     """Returns what stands in a record's field, which `key` names. Raises ConfigError if there is none."""
     if field not in record:
-        raise ConfigError(f"{key} = {field!r}: {where} has the fields {', '.join(sorted(record))}")
+        names = sorted(record)
+        raise ConfigError(f"{key} = {field!r}: {where} has the fields {', '.join(names)}{nearest(field, names)}")
     return record[field]
 
 

@@ -12,13 +12,17 @@ from typing import Any, Literal
 import numpy as np
 
 from transformer.config import Config, ConfigError, data_kind
-from transformer.data import files
+from transformer.data import answers, files, tables
 from transformer.data.tokenizers import Tokenizer
 
-RECORDS = (".jsonl", ".parquet")
+RECORDS = (".jsonl", ".parquet", *tables.TABLES)
 """Kinds of files that hold records with fields."""
 
 Label = int | str
+Target = Literal["class", "words", "number", "answers"]
+
+TARGETS: dict[str, Target] = {"token_classification": "words", "regression": "number", "span_extraction": "answers"}
+"""What a label is, by objective; of the others it is the class of the text."""
 
 
 @dataclass(frozen=True)
@@ -29,28 +33,74 @@ class Form:
     fields: tuple[tuple[str, str], ...]
     """Keys of the configuration that name a field of the record, and those names."""
     errors: str
-    words: bool = False
-    """Whether each word of a text has a label of its own."""
+    target: Target = "class"
+    prefix: str = ""
+    """What every text to read begins with."""
+    label_words: tuple[str, ...] = ()
+    """VALUE=WORD: what to write for a label."""
+
+    @property
+    def words(self) -> bool:
+        """Whether each word of a text has a label of its own."""
+        return self.target == "words"
+
+    @property
+    def rows(self) -> str:
+        """What the rows hold that are made of it: text, pairs, classes, numbers or answers."""
+        return {"number": "numbers", "answers": "answers"}.get(self.target, self.kind)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What decides the documents, for fingerprints; nothing where all is as usual."""
         usual = self.kind == "text" and self.fields[0][1] == "text" and self.errors == "strict"
-        return () if usual else (self.kind, self.fields, self.errors, self.words)
+        task = (self.target, self.prefix, self.label_words)
+        more = task if self.target in ("number", "answers") or self.prefix or self.label_words else ()
+        return () if usual else (self.kind, self.fields, self.errors, self.words, *more)
 
     def document(self, record: Mapping[str, Any], where: str) -> str:
         """Returns the document of a record; it is empty where a text is. Raises ConfigError, naming the field."""
         if self.kind == "labelled":
             return self._labelled(record, where)
-        texts = [files.text_of(record, field, self.errors, where, key) for key, field in self.fields]
-        return texts[0] if self.kind == "text" else _to_json(texts) if all(texts) else ""
+        if self.kind == "pairs" and (self.label_words or len(self.fields) > 2):
+            return self._task(record, where)
+        texts = [self._text(record, number, where) for number in range(len(self.fields))]
+        if self.kind == "text":
+            return texts[0]
+        return _to_json([self.prefix + texts[0], texts[1]]) if all(texts) else ""
+
+    def _text(self, record: Mapping[str, Any], number: int, where: str) -> str:
+        """Returns the text in one of the fields."""
+        key, field = self.fields[number]
+        return files.text_of(record, field, self.errors, where, key)
+
+    def _task(self, record: Mapping[str, Any], where: str) -> str:
+        """Returns the pair of what is read and the word for a label."""
+        texts = [self._text(record, number, where) for number in range(len(self.fields)) if number != 1]
+        key, field = self.fields[1]
+        if self.label_words:
+            value = files.value_of(record, field, where, key)
+            value = value.decode(errors="replace") if isinstance(value, bytes) else value
+            known = dict(word.split("=", 1) for word in self.label_words)
+            if str(value) not in known:
+                told = f"data.label_words has a word for {', '.join(map(repr, known))}"
+                raise ConfigError(f"{key} = {field!r}: {where} has {value!r} there, and {told}")
+            target = known[str(value)]
+        else:
+            target = self._text(record, 1, where)
+        return _to_json([self.prefix + " ".join(texts), target]) if all([*texts, target]) else ""
 
     def _labelled(self, record: Mapping[str, Any], where: str) -> str:
-        (text_key, text_field), (key, field) = self.fields
+        (text_key, text_field), (key, field), *_ = self.fields
         if not self.words:
-            text = files.text_of(record, text_field, self.errors, where, text_key)
-            value = files.value_of(record, field, where, key)
-            return _to_json([text, _label(value, f"{key} = {field!r}: {where}")]) if text else ""
+            texts = [self._text(record, number, where) for number in range(len(self.fields)) if number != 1]
+            value, place = files.value_of(record, field, where, key), f"{key} = {field!r}: {where}"
+            if not all(texts):
+                return ""
+            if self.target == "answers":
+                label: Any = answers.answers_of(value, texts[1], place)
+            else:
+                label = _number(value, place) if self.target == "number" else _label(value, place)
+            return _to_json([texts[0], label, *texts[1:]])
         words, labels = (_values(record, *names, where) for names in ((text_field, text_key), (field, key)))
         if len(words) != len(labels):
             raise ConfigError(f"{key} = {field!r}: {where} has {len(labels)} labels for {len(words)} words")
@@ -64,7 +114,7 @@ class Form:
         if self.kind == "text":
             return (document,)
         parts = json.loads(document)
-        return parts if self.kind == "pairs" else (" ".join(parts[0]),) if self.words else parts[:1]
+        return parts if self.kind == "pairs" else (" ".join(parts[0]),) if self.words else [parts[0], *parts[2:]]
 
     def labels(self, document: str) -> Sequence[Label]:
         """Returns the labels in a document."""
@@ -74,16 +124,24 @@ class Form:
     def encode(self, document: str, tokenizer: Tokenizer, numbers: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the two arrays that are stored of a document: ids of both texts, or ids and labels plus 1.
 
-        A text to read ends with `eos`; one to write, or with a label, lies between `bos` and `eos`. A text of words
-        has a label, plus 1, on the first token of each word, and 0 on all others. `numbers` are those of named labels.
+        A text to read ends with `eos`; one to write, or with a label, lies between `bos` and `eos`, and another `eos` ends
+        a second text. A text of words has a label, plus 1, on the first token of each word, and 0 on all others. `numbers`
+        are those of named labels. A number is stored as the two halves of a float32, answers as `answers.encode` says.
         """
         begin, end = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
-        first, second = json.loads(document)
+        first, second, *others = json.loads(document)
+        if self.target == "answers":
+            known = [(start, text) for start, text in second]
+            return answers.encode(first, answers.Passage(others[0], tokenizer), known, tokenizer)
         if self.kind == "pairs":
             return np.append(tokenizer.encode(first), end), np.concatenate([begin, tokenizer.encode(second), end])
-        found = [1 + (numbers[label] if isinstance(label, str) else label) for label in self.labels(document)]
         if not self.words:
-            return np.concatenate([begin, tokenizer.encode(first), end]), np.array(found, np.int32)
+            ids = [part for text in (first, *others) for part in (tokenizer.encode(text), end)]
+            if self.target == "number":
+                return np.concatenate([begin, *ids]), np.array([second], np.float32).view(np.uint16).astype(np.int32)
+            label = 1 + (numbers[second] if isinstance(second, str) else second)
+            return np.concatenate([begin, *ids]), np.array([label], np.int32)
+        found = [1 + (numbers[label] if isinstance(label, str) else label) for label in second]
         pieces = [tokenizer.encode(word if number == 0 else f" {word}") for number, word in enumerate(first)]
         starts = 1 + np.cumsum([0, *map(len, pieces[:-1])])
         ids = np.concatenate([begin, *pieces, end])
@@ -100,21 +158,37 @@ def form_of(config: Config) -> Form:
         "pairs": ("source_field", "target_field"),
         "labelled": ("text_field", "label_field"),
     }
-    fields = tuple((f"data.{name}", getattr(data, name)) for name in names[kind])
-    return Form(kind, fields, data.errors, config.objective.name == "token_classification")
+    second = ("second_text_field",) if data.second_text_field else ()
+    fields = tuple((f"data.{name}", getattr(data, name)) for name in (*names[kind], *second))
+    return Form(
+        kind, fields, data.errors, TARGETS.get(config.objective.name, "class"), data.source_prefix, data.label_words
+    )
 
 
 def read_documents(file: files.TextFile, form: Form) -> Iterator[str]:
-    """Yields a file's documents: of lines of .jsonl, rows of .parquet, otherwise of the whole file.
+    """Yields a file's documents: of lines of .jsonl, rows of .parquet, otherwise of the whole file; but of rows of .csv
+    and .tsv where text is not all.
 
     Raises ConfigError for what is not UTF-8 (with the byte offset, after decompression), broken files, missing fields.
     """
     if form.kind != "text" and file.kind not in RECORDS:
         needs = "data.source_path and data.target_path, or " if form.kind == "pairs" else ""
         wanted = "pairs" if form.kind == "pairs" else "texts with labels"
-        raise ConfigError(f"{file.path}: {wanted} come from {needs}records in {' or '.join(RECORDS)} files")
-    for record, where in files.read_records(file, [field for _, field in form.fields], form.errors):
+        kinds = f"{', '.join(RECORDS[:-1])} or {RECORDS[-1]}"
+        raise ConfigError(f"{file.path}: {wanted} come from {needs}records in {kinds} files")
+    for record, where in read_fields(file, form):
         yield form.document(record, where)
+
+
+def read_fields(file: files.TextFile, form: Form) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields a file's records, each with its place; what a table spells in a label's column is what other records have."""
+    if form.kind == "text" or file.kind not in tables.TABLES:
+        yield from files.read_records(file, [field for _, field in form.fields], form.errors)
+        return
+    (_, text), (_, label), *_ = form.fields
+    for record, where in tables.read_table(file, form.errors):
+        is_labelled = form.kind == "labelled"
+        yield tables.typed(record, label, text, form.target) if is_labelled else record, where
 
 
 def read_pairs(sources: Sequence[files.TextFile], targets: Sequence[files.TextFile], errors: str) -> Iterator[str]:
@@ -147,9 +221,19 @@ def _values(record: Mapping[str, Any], field: str, key: str, where: str) -> list
     return [] if value is None else list(value)
 
 
+def _number(value: Any, where: str) -> float:
+    if value is None:
+        raise ConfigError(f"{where} has no number there")
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise ConfigError(f"{where} has {value!r} there, not a finite number")
+    return float(value)
+
+
 def _label(value: Any, where: str) -> Label:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
+    if value is None or value == "":
+        raise ConfigError(f"{where} has no label there")
     if isinstance(value, str):
         return value
     if not isinstance(value, int | np.integer | np.bool_) or value < 0:

@@ -4,11 +4,19 @@ import errno
 from pathlib import Path
 from typing import Any
 
-from transformer.config import ConfigError
+from transformer.config import ConfigError, nearest
+from transformer.data.forms import Form
 
 
-def load(name: str, cache_dir: Path) -> tuple[str, Any]:
-    """Returns a fingerprint and the records of `NAME[:CONFIG]` or of a folder: its train split, or its first.
+def label_names(records: Any, form: Form) -> tuple[str, ...]:
+    """Returns what a dataset calls the labels that `form` asks for, in order of their numbers."""
+    feature = records.features.get(form.fields[1][1]) if form.kind == "labelled" else None
+    feature = getattr(feature, "feature", feature)  # of a list, that of its elements
+    return tuple(getattr(feature, "names", None) or ())
+
+
+def load(name: str, cache_dir: Path, split: str = "") -> tuple[str, Any]:
+    """Returns a fingerprint and the records of `NAME[:CONFIG]` or of a folder: a split, or else its train or first one.
 
     A folder is one written by `save_to_disk`, or one of files that `load_dataset` understands. Raises ConfigError.
     """
@@ -29,6 +37,11 @@ def load(name: str, cache_dir: Path) -> tuple[str, Any]:
             raise
         raise ConfigError(f"data.source = 'hf:{name}': {error}") from error
     if isinstance(found, datasets.DatasetDict):
-        found = found["train"] if "train" in found else next(iter(found.values()))
+        if split and split not in found:
+            known = f"{', '.join(found)}{nearest(split, tuple(found))}"
+            raise ConfigError(f"data.validation_split = {split!r}: {name} has the splits {known}")
+        found = found[split or ("train" if "train" in found else next(iter(found)))]
+    elif split:
+        raise ConfigError(f"data.validation_split = {split!r}: hf:{name} is one split without a name")
     # `datasets` has no public name for the state of a table; this one follows its files and transformations.
     return found._fingerprint, found

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from transformer.config import Config, ConfigError, data_kind, source_length
-from transformer.data import writing
-from transformer.data.division import Division, Portion
+from transformer.data import division, writing
+from transformer.data.division import Portion
 from transformer.data.forms import Form, Label, form_of
 from transformer.data.rows import RowShard
 from transformer.data.shards import pseudo_random
-from transformer.data.sources import Documents
+from transformer.data.sources import Corpus, Documents
 from transformer.data.tokenizers import Tokenizer
 from transformer.data.workers import Workers
 
@@ -42,29 +42,39 @@ def capacity(config: Config) -> tuple[int, int]:
     return (source_length(config) if data_kind(config) == "pairs" else length), length
 
 
-def collect_labels(config: Config, divisions: Sequence[tuple[str, Division]], workers: Workers) -> Labels:
-    """Returns the classes in the documents of sources, each with its name: names sorted, or numbers as they are.
+def collect_labels(config: Config, sources: Sequence[Corpus], workers: Workers) -> Labels:
+    """Returns the classes in the documents of sources: names sorted, or numbers as they are, with the names that the
+    source has for them.
 
-    Raises ConfigError for names beside numbers, and for names that occur in validation alone.
+    Raises ConfigError for names beside numbers, for labels that occur in validation alone, and for sources whose names
+    differ.
     """
     form = form_of(config)
+    if form.target in ("number", "answers"):
+        # What a head gives for each token: a number, or scores of begin and end.
+        return Labels(1 if form.target == "number" else 2)
     found: dict[str, set[Label]] = {"train": set(), "validation": set()}
-    for source, division in divisions:
-        for split, (portion, (numbers, *_)) in division.items():
+    for source in sources:
+        for split, (portion, (numbers, *_)) in division.divide(config, source, workers).items():
             tasks = np.array_split(numbers, -(-len(numbers) // 10_000))
             task = functools.partial(_labels, form, portion.documents)
-            found[split].update(*workers.map(task, tasks, f"collecting the labels of {source}, {split}"))
+            found[split].update(*workers.map(task, tasks, f"collecting the labels of {source.name}, {split}"))
     everything = found["train"] | found["validation"]
     names = sorted(label for label in everything if isinstance(label, str))
     field = f"data.label_field = {config.data.label_field!r}"
-    if not names:
-        return Labels(1 + max(int(label) for label in everything))
-    if len(names) < len(everything):
+    if names and len(names) < len(everything):
         number = min(label for label in everything if isinstance(label, int))
         raise ConfigError(f"{field}: labels are all names or all numbers, and there are {names[0]!r} and {number}")
-    if unknown := sorted(everything - found["train"]):
+    if unknown := sorted(everything - found["train"], key=str):
         raise ConfigError(f"{field}: the label {unknown[0]!r} occurs in the validation split alone")
-    return Labels(len(names), tuple(names))
+    if names:
+        return Labels(len(names), tuple(names))
+    count = 1 + max(int(label) for label in everything)
+    known = {source.label_names for source in sources if len(source.label_names) >= count}
+    if len(known) > 1:
+        several = " and ".join(map(str, sorted(known)[:2]))
+        raise ConfigError(f"{field}: the sources number their labels differently, {several}")
+    return Labels(len(next(iter(known))), next(iter(known))) if known else Labels(count)
 
 
 def _labels(form: Form, documents: Documents, numbers: np.ndarray) -> set[Label]:
@@ -92,14 +102,16 @@ def write_rows(
         examples.append((first, second))
         sizes.append(size)
         num_bytes += sum(len(text.encode()) for text in form.texts(document))
-    rows = pack(np.array(sizes, np.int64).reshape(-1, 2), limits)
+    # A question has a row of its own: which token is asked for is a choice among all of the row.
+    alone = [[number] for number in range(len(examples))]
+    rows = alone if form.target == "answers" else pack(np.array(sizes, np.int64).reshape(-1, 2), limits)
     records = (_record([array for i in row for array in examples[i]], token_type(tokenizer, labels)) for row in rows)
     shard = RowShard(
         file=path.name,
         num_documents=len(examples),
         num_rows=len(rows),
         num_tokens=sum(
-            size[1] if form.kind == "pairs" else int(np.count_nonzero(example[1]))
+            size[1] if form.kind == "pairs" else int(np.count_nonzero(example[1])) if form.rows == "labelled" else 1
             for size, example in zip(sizes, examples, strict=True)
         ),
         num_bytes=num_bytes,

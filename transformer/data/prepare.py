@@ -180,8 +180,7 @@ def _write_shards(
     kind, parts = form_of(config).kind, division.divide(config, corpus, workers)
     labels = Labels()
     if kind == "labelled":
-        everything = [(other.name, division.divide(config, other, workers)) for other in corpora]
-        labels = packing.collect_labels(config, everything, workers)
+        labels = packing.collect_labels(config, corpora, workers)
     tasks = []
     for name, (portion, table) in parts.items():
         groups = enumerate(_groups(table))
@@ -192,7 +191,7 @@ def _write_shards(
     if kind == "text":
         index |= {"sequence_length": window_length(config), "token_type": writing.token_type(tokenizer.vocab_size)}
     else:
-        index |= {"kind": kind, "token_type": packing.token_type(tokenizer, labels)}
+        index |= {"kind": form_of(config).rows, "token_type": packing.token_type(tokenizer, labels)}
         index |= {"num_labels": labels.count, "labels": labels.names, "num_empty": _num_empty(corpus, parts)}
     for name in SPLITS:
         own = [shard for shard in written if shard.file.startswith(name)]

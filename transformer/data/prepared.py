@@ -80,6 +80,11 @@ class Prepared:
         """Classes of texts with labels, over all sources."""
         return max(source.num_labels for source in self.sources)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Their names, in order of their numbers, which are those of every source; none where labels are numbers."""
+        return self.sources[0].labels
+
 
 def load_prepared(tokenizer: str, fingerprint: str, sources: list[str]) -> Prepared:
     """Returns what lies in the directories of a tokenizer and of the shards of each source."""

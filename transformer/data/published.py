@@ -37,7 +37,15 @@ READING = (
 """Keys of `data` that say how a run reads what is prepared; `lengths` are checked by what the shards hold."""
 
 NAMES = (
-    *("source", "path", "source_path", "target_path", "validation_source_path", "validation_target_path"),
+    *(
+        "source",
+        "path",
+        "validation_path",
+        "source_path",
+        "target_path",
+        "validation_source_path",
+        "validation_target_path",
+    ),
     "tokenizer_path",
 )
 """Keys that name files of the machine that prepared."""
@@ -61,7 +69,7 @@ def publish(config: Config, prepared: Prepared, target: str) -> None:
             "fingerprint": prepared.fingerprint,
             "sources": [source.train.directory.name for source in prepared.sources],
             "names": [source.name for source in prepared.sources],
-            "kind": form_of(config).kind,
+            "kind": form_of(config).rows,
             "lengths": _lengths(config),
             "data": dataclasses.asdict(config.data),
             "files": dict(zip(local, facts, strict=True)),
@@ -110,7 +118,7 @@ def _lengths(config: Config) -> list[int]:
 
 
 def _contradictions(config: Config, index: dict[str, Any]) -> Iterator[str]:
-    name, data, kind = config.data.prepared, config.data, form_of(config).kind
+    name, data, kind = config.data.prepared, config.data, form_of(config).rows
     where = f"data.prepared = {name!r}"
     if index["format"] != FORMAT:
         yield f"{where} was prepared by another version of this code, whose shards differ: publish it again"

@@ -38,7 +38,7 @@ class RowSplit:
 
     name: str
     directory: PurePath
-    kind: Literal["pairs", "labelled"]
+    kind: Literal["pairs", "labelled", "numbers", "answers"]
     token_type: str
     shards: tuple[RowShard, ...]
 
@@ -67,7 +67,8 @@ class RowSplit:
         Segments count the examples of the row from 1, positions count from 0 in each. Pairs have `encoder_inputs`,
         `encoder_positions`, `encoder_segment_ids`, and `inputs`, `targets`, `positions`, `segment_ids`, `weights`. Texts
         with labels have `inputs`, `positions`, `segment_ids` and `labels`: on every token the label of its text, or, where
-        words have labels, that of a word on its first token and -1 elsewhere.
+        words have labels, that of a word on its first token and -1 elsewhere. Texts with a number have it in `labels` too.
+        Questions have `passage`, the place where the passage begins, and `answers` [answers, 2], first and last token.
         """
         index = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         path = self.directory / self.shards[index].file
@@ -82,8 +83,12 @@ class RowSplit:
             decoder = _joined([target[:-1] for target in seconds])
             targets = np.concatenate([target[1:] for target in seconds])
             return encoder | decoder | {"targets": targets, "weights": np.ones(len(targets), np.float32)}
-        each = [np.broadcast_to(label, len(ids)) for ids, label in zip(firsts, seconds, strict=True)]
-        return _joined(firsts) | {"labels": np.concatenate(each) - 1}
+        if self.kind == "answers":
+            return _joined(firsts) | {"passage": seconds[0][:1], "answers": seconds[0][1:].reshape(-1, 2)}
+        of_numbers = self.kind == "numbers"
+        labels = [part.astype(np.uint16).view(np.float32) if of_numbers else part - 1 for part in seconds]
+        each = [np.broadcast_to(label, len(ids)) for ids, label in zip(firsts, labels, strict=True)]
+        return _joined(firsts) | {"labels": np.concatenate(each)}
 
 
 def splits(directory: PurePath, index: Mapping[str, Any], names: Sequence[str]) -> list[RowSplit]:

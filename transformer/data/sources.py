@@ -39,6 +39,8 @@ class Corpus:
     form: Form
     held_out: "Corpus | None" = None
     """What to validate on, where it is given."""
+    label_names: tuple[str, ...] = ()
+    """What the source calls its labels, in order of their numbers; none where it does not say."""
 
     @functools.cached_property
     def documents(self) -> Documents:
@@ -57,12 +59,20 @@ def open_sources(config: Config) -> list[Corpus]:
         pairs = _aligned(config, "source_path", "target_path")
         if not data.validation_source_path:
             return [pairs]
-        held_out = _aligned(config, "validation_source_path", "validation_target_path")
-        key = files.fingerprint(pairs.fingerprint, held_out.fingerprint)
-        return [dataclasses.replace(pairs, fingerprint=key, held_out=held_out)]
-    if config.data.path:
-        return [_local(config, "local_text", files.find_files(config.data.path, "data.path"))]
+        return [_holding_out(pairs, _aligned(config, "validation_source_path", "validation_target_path"))]
+    if data.path:
+        corpus = _local(config, "local_text", files.find_files(data.path, "data.path"))
+        if not data.validation_path:
+            return [corpus]
+        found = files.find_files(data.validation_path, "data.validation_path")
+        return [_holding_out(corpus, _local(config, "local_text", found))]
     return [_open(config, *source.partition(":")[::2]) for source in config.data.source]
+
+
+def _holding_out(corpus: Corpus, held_out: Corpus) -> Corpus:
+    """Returns `corpus` with what to validate on."""
+    key = files.fingerprint(corpus.fingerprint, held_out.fingerprint)
+    return dataclasses.replace(corpus, fingerprint=key, held_out=held_out)
 
 
 def _open(config: Config, kind: str, name: str) -> Corpus:
@@ -74,12 +84,22 @@ def _open(config: Config, kind: str, name: str) -> Corpus:
 
         builder = builders.named(name, Path(os.environ.get("TFDS_DATA_DIR") or cache / "datasets"))
         key = files.fingerprint(kind, builder.info.full_name, *form.key)
-        return Corpus(f"tfds:{name}", key, lambda: builders.build(builder), form)
+        names = builders.label_names(builder, form)
+        corpus = Corpus(f"tfds:{name}", key, lambda: builders.build(builder), form, label_names=names)
+        if not (split := config.data.validation_split):
+            return corpus
+        key = files.fingerprint(key, split)
+        return _holding_out(corpus, Corpus(f"tfds:{name}/{split}", key, lambda: builders.build(builder, split), form))
     if kind == "hf":
         from transformer.data import huggingface
 
-        state, records = huggingface.load(name, cache)
-        return Corpus(f"hf:{name}", files.fingerprint(kind, state, *form.key), lambda: records, form)
+        def opened(split: str) -> Corpus:
+            state, records = huggingface.load(name, cache, split)
+            key, names = files.fingerprint(kind, state, *form.key), huggingface.label_names(records, form)
+            return Corpus(f"hf:{name}", key, lambda: records, form, label_names=names)
+
+        split = config.data.validation_split
+        return _holding_out(opened(""), opened(split)) if split else opened("")
     root = Path(sysconfig.get_path("stdlib"))
     found = [files.TextFile(str(path.relative_to(root)), path) for path in sorted(root.rglob("*.py"))]
     return _local(config, kind, [file for file in found if not STDLIB_EXCLUDES & set(Path(file.name).parts)])

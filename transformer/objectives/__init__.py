@@ -17,6 +17,9 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "seq2seq": ("transformer.objectives.seq2seq", "Seq2Seq"),
     "sequence_classification": ("transformer.objectives.sequence_classification", "SequenceClassification"),
     "token_classification": ("transformer.objectives.token_classification", "TokenClassification"),
+    "regression": ("transformer.objectives.regression", "Regression"),
+    "span_extraction": ("transformer.objectives.span_extraction", "SpanExtraction"),
+    "text_to_text": ("transformer.objectives.text_to_text", "TextToText"),
     "associative_recall": ("transformer.objectives.associative_recall", "AssociativeRecall"),
 }
 """Module and class by name, loaded when a run asks for them."""

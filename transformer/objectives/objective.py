@@ -27,6 +27,10 @@ class Objective:
         """Returns the terms of a batch, the model's own among them."""
         raise NotImplementedError
 
+    def scores(self, config: Config, predictions: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns what is told of all predictions of a split together, those of its batches one after another."""
+        return {}
+
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
         """Returns the arrays of the row that a window becomes, each up to its length.
 

@@ -26,9 +26,11 @@ class Terms:
     """What costs next to nothing and is reported at every step, such as the model's own."""
     auxiliary: dict[str, Pair] = field(default_factory=dict)
     """Terms of the model's own, which are added to the loss where it learns and are no part of it at validation."""
+    predictions: dict[str, Array] = field(default_factory=dict)
+    """Arrays [B, ...] from which the objective's `scores` are told, once those of all batches are known."""
 
 
-jax.tree_util.register_dataclass(Terms, ["losses", "measures", "statistics", "auxiliary"], [])
+jax.tree_util.register_dataclass(Terms, ["losses", "measures", "statistics", "auxiliary", "predictions"], [])
 
 
 def normalize(

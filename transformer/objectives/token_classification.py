@@ -9,7 +9,7 @@ import numpy as np
 from transformer.config import Config
 from transformer.data.shards import Window
 from transformer.data.tokenizers import Tokenizer
-from transformer.objectives.cross_entropy import TokenObjective
+from transformer.objectives.sequence_classification import Classification
 
 
 def _last_tokens(starts: np.ndarray, segments: np.ndarray) -> np.ndarray:
@@ -18,7 +18,7 @@ def _last_tokens(starts: np.ndarray, segments: np.ndarray) -> np.ndarray:
     return np.minimum(np.append(starts[1:], len(segments)), ends) - 1
 
 
-class TokenClassification(TokenObjective):
+class TokenClassification(Classification):
     """A class for each word."""
 
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformer.benchmarks.hlo import Instruction, array_types, bits_and_dims, parse
-from transformer.config import MESH_AXES, Config, ConfigError, data_kind, mesh_axes, validate
+from transformer.config import MESH_AXES, Config, ConfigError, mesh_axes, validate
 from transformer.parallel import startup, xla_flags
 from transformer.plans.chips import Chip, Topology
 from transformer.plans.collectives import Collective, MeshShape, collectives_of, size_of
@@ -115,7 +115,7 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
     """
     import jax
 
-    from transformer.benchmarks.program import FEWEST_LABELS
+    from transformer.benchmarks.program import fewest_labels
     from transformer.checkpointing.run import for_platform, resolve
     from transformer.models.parameters import parameter_specs
     from transformer.models.transformer import Transformer
@@ -129,7 +129,7 @@ def compile_for(config: Config, topology: Topology, num_periods: int | None = No
     validate(config, topology.num_chips, topology.chip.platform)
     devices = devices_of(topology)
     mesh = make_mesh(config, devices)
-    labels = FEWEST_LABELS if data_kind(config) == "labelled" and not config.model.num_labels else 0
+    labels = fewest_labels(config)
     config = resolve(with_window(config), vocabulary.without_data(config), labels)
     model = Transformer(for_platform(config.model, topology.chip.platform))
     optimizer = make_optimizer(config, parameter_specs(model))

@@ -5,5 +5,6 @@ STUDIES: dict[str, tuple[str, str]] = {
     "mup": ("transformer.studies.mup", "width_transfer"),
     "precision": ("transformer.studies.precision", "stdlib"),
     "recall": ("transformer.studies.recall", "associative_recall"),
+    "transfer": ("transformer.studies.transfer", "sst2_from_pretrained"),
 }
 """Module and recipe by name; the module has STUDY, whose runs change the recipe."""

@@ -30,6 +30,11 @@ class Trial:
     facts: dict[str, Any] = field(default_factory=dict)
     """What of it the study varies."""
 
+    def seeded(self, seed: int) -> Config:
+        """Returns the configuration of one run: `{seed}` in data.path stands for the seed."""
+        paths = tuple(name.replace("{seed}", str(seed)) for name in self.config.data.path)
+        return replace(self.config, seed=seed, data={"path": paths})
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -56,19 +61,27 @@ class Study:
     """Returns the result in Markdown."""
     draw: Callable[[Sequence[Outcome], Any], None]
     """Draws it into a figure of matplotlib's."""
+    prepare: Callable[[Config, Sequence[int], Sequence[str], Path], Config] | None = None
+    """Makes what all runs share, for these seeds and with this other text, and returns the recipe with it."""
 
 
-def run_study(name: str, base: Config, seeds: Sequence[int], only: Sequence[str], directory: Path) -> None:
+def run_study(
+    name: str, base: Config, seeds: Sequence[int], only: Sequence[str], directory: Path, text: Sequence[str] = ()
+) -> None:
     """Trains what is not trained yet, and writes results.json, report.md and plot.png into `directory`.
 
     What is finished is kept, and a run that was interrupted goes on, so that a study may be stopped at any time.
-    Raises ConfigError for a trial that does not exist.
+    Raises ConfigError for a trial that does not exist, and for `text` to a study that reads none.
     """
     study: Study = importlib.import_module(STUDIES[name][0]).STUDY
+    if text and study.prepare is None:
+        raise ConfigError(f"--text = {text[0]!r}: the study {name} reads no other text than its recipe's")
     trials = study.trials(base)
     known = [trial.name for trial in trials]
     if unknown := [trial for trial in only if trial not in known]:
         raise ConfigError(f"--only = {unknown[0]!r} is not a trial of {name}, which are {', '.join(known)}")
+    if study.prepare is not None:
+        trials = study.trials(study.prepare(base, seeds, text, directory))
     chosen = [trial for trial in trials if not only or trial.name in only]
     runs = [(trial, seed) for seed in seeds for trial in chosen]
     for number, (trial, seed) in enumerate(runs, start=1):
@@ -92,25 +105,12 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     """Trains one run to its end and leaves a record of it; does nothing if there is one."""
     workdir = directory / "runs" / f"{trial.name}-{seed}"
     record = workdir.with_suffix(".json")
-    config = replace(trial.config, seed=seed)
+    config = trial.seeded(seed)
     if record.exists():
         if json.loads(record.read_text())["config"] == json.loads(to_json(config)):
             return
         raise ConfigError(f"{record} is of another configuration: choose another --workdir, or delete it")
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.json"
-        recipe.write_text(to_json(config))
-        # A process of its own, so that a run that takes all memory does not take the study with it.
-        arguments = ["train", "--config", str(recipe), "--workdir", str(workdir)]
-        status = _run(*own_process("from transformer.cli import main; main()", arguments))
-    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        # It saved its state, and goes on when the study does.
-        raise SystemExit(status)
-    if status not in (0, DIVERGED):
-        raise ConfigError(
-            f"{trial.name}, seed {seed}: training ended with status {status}; what it saved is in {workdir}"
-        )
+    status = train_run(f"{trial.name}, seed {seed}", config, workdir)
     records = read_metrics(workdir / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "validation"]
     outcome = {
@@ -126,6 +126,23 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     # What the study needs is in the record; the weights of a hundred runs would fill a disk.
     shutil.rmtree(workdir)
     print(f"recorded in {record}", flush=True)
+
+
+def train_run(name: str, config: Config, workdir: Path) -> int:
+    """Trains a run, or goes on with it, and returns 0, or DIVERGED. Raises ConfigError where it could not be trained."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.json"
+        recipe.write_text(to_json(config))
+        # A process of its own, so that a run that takes all memory does not take the study with it.
+        arguments = ["train", "--config", str(recipe), "--workdir", str(workdir)]
+        status = _run(*own_process("from transformer.cli import main; main()", arguments))
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        # It saved its state, and goes on when the study does.
+        raise SystemExit(status)
+    if status not in (0, DIVERGED):
+        raise ConfigError(f"{name}: training ended with status {status}; what it saved is in {workdir}")
+    return status
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> int:
@@ -158,7 +175,7 @@ def _records(trial: Trial, directory: Path) -> list[dict[str, Any]]:
     """Returns what is recorded of a trial, by seed."""
     found = [json.loads(path.read_text()) for path in (directory / "runs").glob(f"{trial.name}-*.json")]
     # Others are of an older study with other settings, or of a trial whose name begins alike.
-    mine = [r for r in found if r["config"] == json.loads(to_json(replace(trial.config, seed=r["seed"])))]
+    mine = [r for r in found if r["config"] == json.loads(to_json(trial.seeded(r["seed"])))]
     return sorted(mine, key=lambda record: record["seed"])
 
 

@@ -12,6 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+SCORES = {
+    **{"squared_error": "squared error", "pearson": "Pearson", "spearman": "Spearman", "exact_match": "exact match"},
+    **{"f1": "F1", "f1_macro": "F1 (macro)", "matthews": "Matthews"},
+}
+"""What tasks are measured by, besides losses and accuracy, in words."""
+
 
 class MetricsLog:
     """Appends records to `path`.

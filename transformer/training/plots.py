@@ -18,7 +18,7 @@ TRAIN, VALIDATION = "#2f6db3", "#c8452c"
 
 
 def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
-    """Draws the cross-entropy (nats per token) of training and validation over the steps; says whether it could.
+    """Draws the cross-entropy (nats per token), or the squared error, of training and validation over the steps; says whether it could.
 
     Where matplotlib is missing one message tells so, however often this is called.
     """
@@ -50,7 +50,9 @@ def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
     low, high = float(shown.min()), float(shown.max())
     margin = 0.05 * (high - low) or 0.1
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)", ylim=(low - margin, high + margin))
+    is_error = any("squared_error" in record for record in records[-1:])
+    label = "mean squared error" if is_error else "cross-entropy (nats per token)"
+    axes.set(xlabel="optimizer step", ylabel=label, ylim=(low - margin, high + margin))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(color="#e6e6e6")
@@ -64,9 +66,10 @@ def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
 
 
 def _curve(records: list[dict[str, Any]], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and cross-entropies of a split, without those that are not finite."""
-    kept = [r for r in records if r["split"] == split and r.get("cross_entropy") is not None]
-    return np.array([r["step"] for r in kept], int), np.array([r["cross_entropy"] for r in kept], float)
+    """Returns steps and cross-entropies of a split, or its squared errors, without those that are not finite."""
+    found = [(r["step"], r.get("cross_entropy", r.get("squared_error"))) for r in records if r["split"] == split]
+    kept = [(step, loss) for step, loss in found if loss is not None]
+    return np.array([step for step, _ in kept], int), np.array([loss for _, loss in kept], float)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

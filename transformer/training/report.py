@@ -5,7 +5,7 @@ from typing import Any
 
 from transformer.checkpointing.run import Place
 from transformer.config import Config
-from transformer.training.metrics import MetricsLog
+from transformer.training.metrics import SCORES, MetricsLog
 from transformer.training.progress import Progress
 from transformer.training.trackers import trackers
 
@@ -47,7 +47,7 @@ class Report:
         """Takes the result of a validation, and draws the loss so far."""
         if self._writes:
             self._record(record)
-            names = {"loss": "loss", "bits_per_byte": "bits a byte", "accuracy": "accuracy"}
+            names = {"loss": "loss", "bits_per_byte": "bits a byte", "accuracy": "accuracy", **SCORES}
             values = [f"{label} {record[name]:.4f}" for name, label in names.items() if name in record]
             self._progress.message(f"step {record['step']}: validation {', '.join(values)}")
             if self._config.tracking.plot:

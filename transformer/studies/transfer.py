@@ -1,0 +1,199 @@
+"""What pretraining is worth: a classifier begun with a language model against one begun with random values, by number of labels.
+
+Both have the same size, tokenizer, steps and rates, and are trained on the same sentences: the first so many of an order that
+the seed gives. The language model has read the sentences of all, without their labels, and what other text is given.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformer.arguments import load_config
+from transformer.benchmarks.report import table
+from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
+from transformer.data import files
+from transformer.data.forms import form_of
+from transformer.data.sources import open_sources
+from transformer.studies.study import Outcome, Study, Trial, last, spread, train_run
+
+STEPS: dict[int | None, int] = {100: 100, 1000: 200, None: 900}
+"""Steps by number of labels, None being all: what a model from random values needs to fit them."""
+
+ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "scratch": lambda base: {"init_from": {"run": "", "allow_missing": ()}},
+    "pretrained": lambda base: {},
+}
+"""What is changed of a run that begins with the language model, by name."""
+
+PIECE = 2000
+"""Characters from which on other text is cut, at the end of a paragraph, into documents."""
+
+
+def prepare(base: Config, seeds: Sequence[int], text: Sequence[str], directory: Path) -> Config:
+    """Writes the sentences by seed and number of labels, trains the language model, and returns the recipe with both."""
+    data = directory / "data"
+    train, validation = _labelled(base, data)
+    for seed in seeds:
+        order = random.Random(seed).sample(train, len(train))
+        for count in STEPS:
+            _write(data / f"train-{count or 'all'}-{seed}.jsonl", order[:count])
+    _write(data / "validation.jsonl", validation)
+    _write(data / "sentences.jsonl", [{"text": record["text"]} for record in train])
+    sources = [f"local_text:{data / 'sentences.jsonl'}"]
+    if text:
+        _write(data / "text.jsonl", [{"text": piece} for piece in _pieces(text)])
+        sources.append(f"local_text:{data / 'text.jsonl'}")
+    run = directory / "pretrained"
+    config = to_json(language_model(base, tuple(sources)))
+    finished = directory / "pretrained.json"
+    if not finished.exists():
+        if train_run("the language model", from_json(config), run):
+            raise ConfigError(f"the language model in {run} has diverged: give it another optimizer.learning_rate")
+        write_atomically(finished, config)
+    elif finished.read_text() != config:
+        raise ConfigError(f"{finished} is of another language model: choose another --workdir, or delete {directory}")
+    fields = {"text_field": "text", "second_text_field": "", "label_field": "label"}
+    files_of = {
+        "path": (str(data / "train-{count}-{seed}.jsonl"),),
+        "validation_path": (str(data / "validation.jsonl"),),
+    }
+    tokenizer = {"tokenizer_path": str(run / "tokenizer" / "tokenizer.model")}
+    return replace(
+        base,
+        data={"source": ("python_stdlib",), "validation_split": "", **fields, **files_of, **tokenizer},
+        init_from={"run": str(run), "allow_missing": ("classifier/*",)},
+    )
+
+
+def language_model(base: Config, sources: tuple[str, ...]) -> Config:
+    """Returns the configuration of the language model: the recipe's network, and how `sst2_pretrain` is trained."""
+    recipe, problems, _ = load_config("sst2_pretrain")
+    assert not problems, problems
+    data = {"source": sources, "weights": (0.5,) * len(sources), "validation_split": "", "text_field": "text"}
+    own = {"cache_dir": base.data.cache_dir, "tokenizer_vocab_size": base.data.tokenizer_vocab_size}
+    return replace(
+        recipe,
+        model=vars(base.model) | {"dropout": 0.0, "num_labels": 0},
+        data=data | own,
+        parallel=vars(base.parallel),
+    )
+
+
+def _labelled(base: Config, directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the records to learn from and those to measure on."""
+    data = base.data
+    found = {
+        key: [
+            _plain(file, directory / f"{key}-{number}.jsonl")
+            for number, file in enumerate(files.find_files(names, f"data.{key}"))
+        ]
+        for key, names in (("path", data.path), ("validation_path", data.validation_path))
+        if names
+    }
+    if any(plain for plains in found.values() for _, plain in plains):
+        fields = {"text_field": "text", "label_field": "label"}
+        base = replace(
+            base, data={key: tuple(str(path) for path, _ in plains) for key, plains in found.items()} | fields
+        )
+    [corpus, *others] = open_sources(base)
+    if others or corpus.held_out is None:
+        raise ConfigError(
+            "the study `transfer` needs one source of labels, with data.validation_path or data.validation_split"
+        )
+    form, splits = form_of(base), []
+    for part in (corpus, corpus.held_out):
+        documents = [
+            json.loads(document)
+            for number in range(len(part.documents.records))
+            if (document := part.documents[number])
+        ]
+        if len(form.fields) > 2 or not documents:
+            raise ConfigError("the study `transfer` needs records of one text and its label")
+        splits.append([{"text": text, "label": label} for text, label in documents])
+    return splits[0], splits[1]
+
+
+def _plain(file: files.TextFile, target: Path) -> tuple[Path, bool]:
+    """Returns a file of records; one of lines `LABEL TEXT`, as SST is often given, is written anew as such."""
+    if file.kind != ".txt":
+        return file.path, False
+    records = []
+    for number, line in enumerate(files.read_lines(file, "strict"), start=1):
+        label, space, text = line.partition(" ")
+        if not (label and space and text.strip()):
+            raise ConfigError(f"{file.path}, line {number}, is not of the form LABEL TEXT")
+        records.append({"text": text, "label": label})
+    _write(target, records)
+    return target, True
+
+
+def _pieces(paths: Sequence[str]) -> Iterator[str]:
+    """Yields the text of files in pieces of whole paragraphs."""
+    for file in files.find_files(paths, "--text"):
+        piece = ""
+        for paragraph in re.split(r"\n\s*\n", "\n".join(files.read_lines(file, "strict"))):
+            piece += paragraph + "\n\n"
+            if len(piece) > PIECE:
+                yield piece
+                piece = ""
+        if piece.strip():
+            yield piece
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def trials(base: Config) -> list[Trial]:
+    """Returns every beginning with every number of labels."""
+    made = []
+    path = base.data.path[0] if base.data.path else "train-{count}-{seed}.jsonl"
+    for count, steps in STEPS.items():
+        name = str(count or "all")
+        changes = {"train": {"num_steps": steps}, "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}
+        own = {"path": (path.replace("{count}", name),)}
+        for arm, change in ARMS.items():
+            config = replace(replace(base, data=own, **changes), **change(base))
+            made.append(Trial(f"{arm}_{name}", config, {"beginning": arm, "labels": count}))
+    return made
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """Returns the accuracy of each beginning by number of labels, and by how much the pretrained one is better."""
+    rows = []
+    for count in dict.fromkeys(outcome.facts["labels"] for outcome in outcomes):
+        by_arm = {arm: _accuracies(outcomes, arm, count) for arm in ARMS}
+        scratch, pretrained = by_arm["scratch"], by_arm["pretrained"]
+        more = "–"
+        if scratch and pretrained:
+            more = f"{sum(pretrained) / len(pretrained) - sum(scratch) / len(scratch):+.1f}"
+        rows.append([f"{count:,}" if count else "all", *(spread(values, 1) for values in by_arm.values()), more])
+    header = ["labels", *(arm.replace("_", " ") for arm in ARMS), "pretraining adds"]
+    return f"Accuracy in percent, mean and standard deviation over seeds.\n\n{table(header, rows)}"
+
+
+def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
+    """Draws the accuracy of every run over the number of labels, and the means of each beginning."""
+    axes = figure.subplots()
+    counts = list(dict.fromkeys(outcome.facts["labels"] for outcome in outcomes))
+    for arm, color in zip(ARMS, ("#c8452c", "#2f6db3", "#3a8a4d", "#8a5fb0"), strict=False):
+        found = {place: _accuracies(outcomes, arm, count) for place, count in enumerate(counts)}
+        points = [(place, value) for place, values in found.items() for value in values]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=color, alpha=0.5)
+            means = [(place, sum(values) / len(values)) for place, values in found.items() if values]
+            axes.plot(*zip(*means, strict=True), color=color, label=arm.replace("_", " "))
+    axes.set(xlabel="sentences with labels", ylabel="accuracy (%)")
+    axes.set_xticks(range(len(counts)), [f"{count:,}" if count else "all" for count in counts])
+    axes.legend(frameon=False)
+
+
+def _accuracies(outcomes: Sequence[Outcome], arm: str, count: int | None) -> list[float]:
+    group = [it for it in outcomes if (it.facts["beginning"], it.facts["labels"]) == (arm, count)]
+    return [100 * value for value in last(group, "accuracy")]
+
+
+STUDY = Study(trials, report, draw, prepare)
