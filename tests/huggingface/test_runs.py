@@ -148,7 +148,7 @@ def test_what_no_family_can_say_is_named() -> None:
         family_for(ModelConfig(vocab_size=97, width=32, norm="rmsnorm", activation="swiglu", positions="alibi"))
     assert "no family says what this model is" in str(caught.value)
     assert "model.positions = 'alibi'" in str(caught.value)
-    with pytest.raises(ConfigError, match="layers = 'attention.window': llama has 'attention'"):
+    with pytest.raises(ConfigError, match=r"layers = 'attention\.window': llama has 'attention'"):
         family_for(ModelConfig(**{**vars(llama), "layers": "attention.window"}), "llama")
 
 
