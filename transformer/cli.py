@@ -16,7 +16,18 @@ from transformer.arguments import Json, Options, Overrides, Recipe, TrainOptions
 from transformer.arguments import parse as parse_options
 from transformer.benchmarks import BENCHMARKS
 from transformer.benchmarks.measure import check_destination
-from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, place, replace, source_length
+from transformer.config import (
+    MESH_AXES,
+    Config,
+    ConfigError,
+    keys,
+    mesh_problems,
+    nearest,
+    place,
+    replace,
+    source_length,
+    type_of,
+)
 from transformer.huggingface import command as huggingface
 from transformer.huggingface.command import CompareOptions, ExportOptions, ImportOptions
 from transformer.inference import command
@@ -432,20 +443,23 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _with_flags(kind: type[Options], arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments of a verb that takes words, at its begin or at its end, with the words as options."""
-    words, rest = list(getattr(kind, "WORDS", ())), list(arguments)
-    given: list[str] = []
-    while words and rest and rest[0][:1] != "-":
-        given += [f"--{words.pop(0)}", rest.pop(0)]
-    flags = [number for number, argument in enumerate(rest) if argument.startswith("--")]
-    if words and flags:
-        name, equals, _ = rest[flags[-1]].removeprefix("--").partition("=")
-        own = {"json": bool} | typing.get_type_hints(kind)
-        values = 0 if equals or own.get(name.replace("-", "_")) is bool else 1
-        first = max(flags[-1] + 1 + values, len(rest) - len(words))
-        given += [part for pair in zip((f"--{word}" for word in words), rest[first:], strict=False) for part in pair]
-        rest = rest[:first]
-    return [*given, *rest]
+    """Returns the arguments of a verb that takes words, with those that belong to no option as the options they stand for."""
+    words, given = list(getattr(kind, "WORDS", ())), []
+    own = {"json": bool, "config": str} | {
+        name: hint for name, hint in typing.get_type_hints(kind).items() if name != "config"
+    }
+    room = 0  # values that the option before may still have
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
+            of = own.get(name) or (type_of(name) if name in keys() else str)
+            room = 0 if equals or of is bool else len(arguments) if typing.get_origin(of) is tuple else 1
+        elif words and not room:
+            given.append(f"--{words.pop(0)}")
+        else:
+            room -= 1
+        given.append(argument)
+    return given
 
 
 def function_of(verb: str) -> Any:

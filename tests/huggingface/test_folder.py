@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +214,11 @@ def test_large_shards_are_filled_where_they_lie(folder: Path, monkeypatch: pytes
     from transformer.huggingface import folder as folder_module
     from transformer.huggingface import reading
 
-    make: Callable[[], Any] = lambda: read(folder, mesh_of(fsdp=2, tensor=2))[1]  # noqa: E731
-    expected = make()
+    mesh = mesh_of(fsdp=2, tensor=2)
+    expected = read(folder, mesh)[1]
     monkeypatch.setattr(reading, "LARGE", 0)
     monkeypatch.setattr(folder_module, "PORTION", 1000)
     monkeypatch.setattr(folder_module, "SHORTEST_RUN", 16)
-    assert jax.tree.all(jax.tree.map(np.array_equal, make(), expected))
+    with jax.set_mesh(mesh):  # as where a run begins
+        found = read(folder, mesh)[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))

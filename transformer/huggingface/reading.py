@@ -88,11 +88,13 @@ def _filled_on_host(shape: list[int], blocks: Iterator[Block], device: Any) -> j
 
 
 def _filled_in_place(shape: list[int], blocks: Iterator[Block], device: Any) -> jax.Array:
-    values = jnp.zeros(shape, jnp.float32, device=device)
-    for starts, block in blocks:
-        # Waited for, so that no more than one block is under way.
-        values = jax.block_until_ready(_put(values, np.ascontiguousarray(block), tuple(map(np.int32, starts))))
-    return values
+    # A mesh that is in use would not have a device compute by itself.
+    with jax.set_mesh(Mesh(np.array([device]), ("alone",))):
+        values = jnp.zeros(shape, jnp.float32, device=device)
+        for starts, block in blocks:
+            # Waited for, so that no more than one block is under way.
+            values = jax.block_until_ready(_put(values, np.ascontiguousarray(block), tuple(map(np.int32, starts))))
+        return values
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from transformer.config import ModelConfig
 from transformer.huggingface.folder import INDEX, WEIGHTS
@@ -120,5 +121,7 @@ def _on_host(leaf: Any, at: tuple[int, ...]) -> np.ndarray:
         if shard.replica_id == 0 and all(number in bound for number, bound in zip(at, bounds, strict=False)):
             local = tuple(number - bound.start for number, bound in zip(at, bounds, strict=False))
             inside = tuple(slice(bound.start, bound.stop) for bound in bounds[len(at) :])
-            values[inside] = np.asarray(shard.data[local])
+            # A mesh that is in use would not have a device compute by itself.
+            with jax.set_mesh(Mesh(np.array([shard.device]), ("alone",))):
+                values[inside] = np.asarray(shard.data[local])
     return values

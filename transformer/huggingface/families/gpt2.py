@@ -48,7 +48,10 @@ FAMILY = Family(
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
     },
-    harmless=("n_ctx", "reorder_and_upcast_attn", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    harmless=(
+        *("n_ctx", "reorder_and_upcast_attn", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+    ),
     repeats={"lm_head.weight": "transformer.wte.weight"},
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
 )
