@@ -44,10 +44,11 @@ def read(path: Path, mesh: Mesh) -> tuple[ModelConfig, Tree]:
 
 def model_of(folder: Folder) -> tuple[Family, ModelConfig]:
     """Returns the table and the model that config.json names."""
-    family, config = family_of(folder.config.get("model_type")), folder.config
+    theirs: Mapping[str, Any] = folder.config
+    family = family_of(theirs.get("model_type"))
     if family.told_by_tensors is not None:
-        config = family.told_by_tensors(config, folder.tensors)
-    return family, read_config(family, config, str(folder.path / "config.json"))
+        theirs = family.told_by_tensors(theirs, folder.tensors)
+    return family, read_config(family, theirs, str(folder.path / "config.json"))
 
 
 def read_parameters(folder: Folder, family: Family, model: ModelConfig, mesh: Mesh) -> Tree:
