@@ -37,7 +37,9 @@ def test_factors_fall_from_the_top(tiny_config: Any) -> None:
     assert sorted(biases.values()) == [1 / 8, 1 / 4]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("adamw", "muon") else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_updates_are_multiplied_by_them(tiny_config: Any, name: str) -> None:
     """Whatever the rule, weight decay included, and beside what is frozen."""
     frozen = ("decoder/final_norm/*",)
