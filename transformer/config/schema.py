@@ -25,12 +25,14 @@ MESH_AXES = ("replica", "stage", "fsdp", "expert", "context", "tensor")
 DATA_AXES = ("replica", "fsdp", "expert")
 """Those that the batch is split over."""
 
-DataKind = Literal["text", "pairs", "labelled"]
+DataKind = Literal["text", "pairs", "labelled", "chat", "preferences"]
 
 OBJECTIVE_DATA: dict[str, DataKind] = {
     "seq2seq": "pairs",
     "sequence_classification": "labelled",
     "token_classification": "labelled",
+    "chat": "chat",
+    "dpo": "preferences",
 }
 """What objectives need that do not learn from running text."""
 
@@ -69,6 +71,12 @@ class DataConfig:
     """Field of a record that holds the text to write, for pairs."""
     label_field: str = "label"
     """Field of a record that holds its class, or a list with the class of each word."""
+    chat_field: str = ""
+    """Field of a record that holds a conversation; empty: `messages`, or ShareGPT's `conversations`."""
+    chat_template: str = ""
+    """Jinja template of conversations: `plain`, `chatml`, `llama3`, a file, or the text itself; empty: that of the tokenizer."""
+    overlong_chats: Literal["cut", "drop"] = "cut"
+    """What becomes of a conversation that is longer than a row: it ends with the last answer that fits, or is left out."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
     validation_documents: float = 0.02
@@ -119,12 +127,14 @@ class ObjectiveConfig:
         "sequence_classification",
         "token_classification",
         "associative_recall",
+        "chat",
+        "dpo",
     ] = "causal"
     """`causal`: each token from those before it; `transformer.objectives` has the table of all."""
     z_loss: float = 0.0
     """Weight of the squared log-partition function (PaLM used 1e-4), which keeps logits from drifting."""
     label_smoothing: float = 0.0
-    """Probability that the target distribution spreads evenly over the vocabulary."""
+    """Probability that the target distribution spreads evenly over the vocabulary; for `dpo`, that a preference is wrong."""
     logit_chunk: int = 0
     """Tokens of a text whose logits exist at one time: less memory, a product more for the gradient. 0: all."""
     mask_rate: float = 0.15
@@ -141,6 +151,10 @@ class ObjectiveConfig:
     """Weight of the loss of tokens beyond the next (`multi_token`)."""
     num_pairs: int = 16
     """Most keys that an example has, whose values are asked for (`associative_recall`)."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of the margin by which the preferred answer has become more probable than the other (`dpo`)."""
+    dpo_beta: float = 0.1
+    """Factor of that margin: the higher, the closer the model stays to the one it began as (`dpo`)."""
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "sequence_classification": ("encoder", "decoder"),
     "token_classification": ("encoder", "decoder"),
     "associative_recall": ("decoder",),
+    "chat": ("decoder",),
+    "dpo": ("decoder",),
 }
 """What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
 
@@ -132,6 +134,8 @@ def _example_problems(config: Config) -> Iterator[str]:
     if kind != "labelled" and model.num_labels > 0:
         classifiers = "'sequence_classification' and 'token_classification'"
         yield f"model.num_labels = {model.num_labels}: only {classifiers} have labels, not {name}"
+    if config.objective.name == "dpo":
+        yield from importlib.import_module("transformer.config.kinds").preference_problems(config)
     if config.objective.name == "associative_recall":
         yield from importlib.import_module("transformer.config.kinds").recall_problems(config)
     length, rows = source_length(config), model.num_positions

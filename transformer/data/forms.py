@@ -4,6 +4,7 @@ An example is a document; one that is not running text is the JSON list of its p
 stores documents need not know the difference.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from transformer.config import Config, ConfigError, data_kind
 from transformer.data import files
+from transformer.data.chats import FIELDS, ChatForm, chat_form
 from transformer.data.tokenizers import Tokenizer
 
 RECORDS = (".jsonl", ".parquet")
@@ -25,21 +27,26 @@ Label = int | str
 class Form:
     """How a record becomes a document, and a document tokens."""
 
-    kind: Literal["text", "pairs", "labelled"]
+    kind: Literal["text", "pairs", "labelled", "chat", "preferences"]
     fields: tuple[tuple[str, str], ...]
     """Keys of the configuration that name a field of the record, and those names."""
     errors: str
     words: bool = False
     """Whether each word of a text has a label of its own."""
+    chat: ChatForm | None = None
+    """Of conversations and preferences, how they are written and read."""
 
     @property
     def key(self) -> tuple[object, ...]:
         """What decides the documents, for fingerprints; nothing where all is as usual."""
         usual = self.kind == "text" and self.fields[0][1] == "text" and self.errors == "strict"
-        return () if usual else (self.kind, self.fields, self.errors, self.words)
+        chat = () if self.chat is None else dataclasses.astuple(self.chat)
+        return () if usual else (self.kind, self.fields, self.errors, self.words, *chat)
 
     def document(self, record: Mapping[str, Any], where: str) -> str:
         """Returns the document of a record; it is empty where a text is. Raises ConfigError, naming the field."""
+        if self.chat is not None:
+            return self.chat.document(record, where)
         if self.kind == "labelled":
             return self._labelled(record, where)
         texts = [files.text_of(record, field, self.errors, where, key) for key, field in self.fields]
@@ -63,6 +70,8 @@ class Form:
         """Returns the texts in a document."""
         if self.kind == "text":
             return (document,)
+        if self.chat is not None:
+            return self.chat.texts(document)
         parts = json.loads(document)
         return parts if self.kind == "pairs" else (" ".join(parts[0]),) if self.words else parts[:1]
 
@@ -72,11 +81,15 @@ class Form:
         return found if self.words else [found]
 
     def encode(self, document: str, tokenizer: Tokenizer, numbers: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the two arrays that are stored of a document: ids of both texts, or ids and labels plus 1.
+        """Returns the two arrays that are stored of a document: ids of both texts, or ids and labels plus 1. Of conversations
+        and preferences they are marked tokens, of one and of no text, or of the preferred one and the other.
 
         A text to read ends with `eos`; one to write, or with a label, lies between `bos` and `eos`. A text of words
         has a label, plus 1, on the first token of each word, and 0 on all others. `numbers` are those of named labels.
         """
+        if self.chat is not None:
+            found = [*self.chat.encode(document, tokenizer), np.zeros(0, np.int32)]
+            return found[0], found[1]
         begin, end = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
         first, second = json.loads(document)
         if self.kind == "pairs":
@@ -100,6 +113,10 @@ def form_of(config: Config) -> Form:
         "pairs": ("source_field", "target_field"),
         "labelled": ("text_field", "label_field"),
     }
+    if (chat := chat_form(config)) is not None:
+        known = FIELDS if kind == "chat" else ("prompt", "chosen", "rejected")
+        wanted = (data.chat_field,) if kind == "chat" and data.chat_field else known
+        return Form(kind, tuple(("data.chat_field", name) for name in (*wanted, "tools")), data.errors, chat=chat)
     fields = tuple((f"data.{name}", getattr(data, name)) for name in names[kind])
     return Form(kind, fields, data.errors, config.objective.name == "token_classification")
 
@@ -111,7 +128,7 @@ def read_documents(file: files.TextFile, form: Form) -> Iterator[str]:
     """
     if form.kind != "text" and file.kind not in RECORDS:
         needs = "data.source_path and data.target_path, or " if form.kind == "pairs" else ""
-        wanted = "pairs" if form.kind == "pairs" else "texts with labels"
+        wanted = {"labelled": "texts with labels", "chat": "conversations"}.get(form.kind, form.kind)
         raise ConfigError(f"{file.path}: {wanted} come from {needs}records in {' or '.join(RECORDS)} files")
     for record, where in files.read_records(file, [field for _, field in form.fields], form.errors):
         yield form.document(record, where)

@@ -18,6 +18,8 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "sequence_classification": ("transformer.objectives.sequence_classification", "SequenceClassification"),
     "token_classification": ("transformer.objectives.token_classification", "TokenClassification"),
     "associative_recall": ("transformer.objectives.associative_recall", "AssociativeRecall"),
+    "chat": ("transformer.objectives.chat", "Chat"),
+    "dpo": ("transformer.objectives.dpo", "Dpo"),
 }
 """Module and class by name, loaded when a run asks for them."""
 

@@ -69,6 +69,11 @@ def run(config: Config, workdir: PurePath) -> int:
                 else:
                     state = restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
 
+                if objective_of(config).HAS_REFERENCE:
+                    reference = importlib.import_module("transformer.training.reference")
+                    begun = state.params if latest is None else None
+                    prepared = reference.referenced(config, prepared, place.files, model, mesh, begun, is_writer)
+
                 # Steps, and between them validations, samples and checkpoints.
                 with Report(config, place, latest or 0, is_writer) as report:
                     loop = Loop(config, place, prepared, model, mesh, checkpoints, signals, report, guard)
