@@ -48,6 +48,11 @@ class ChatForm:
     plain: bool
     """Whether preferences between texts stay without a template."""
 
+    @property
+    def conversations(self) -> tuple[str, ...]:
+        """Names of those in a document."""
+        return ("messages",) if self.kind == "chat" else ("chosen", "rejected")
+
     def document(self, record: Mapping[str, Any], where: Where) -> str:
         """Returns the document of a record, empty where the record is. Raises ConfigError, naming the place."""
         if all(value is None for value in record.values()):
@@ -94,23 +99,23 @@ class ChatForm:
     def _written(self, document: str, where: Where, names: Mapping[str, str] = NAMES) -> list[tuple[str, Spans]]:
         """Returns the text of each conversation of a document, and which parts of it are learned from."""
         parts = json.loads(document)
-        if "prompt" in parts and isinstance(parts["prompt"], str):
+        if isinstance(parts.get("prompt"), str):
             begin, end = names["bos_token"] + parts["prompt"], names["eos_token"]
             texts = [begin + parts[name] + end for name in ("chosen", "rejected")]
             return [(text, [(len(begin), len(text))]) for text in texts]
         if not self.template:
             advice = "data.chat_template names one, or a file, and a tokenizer's folder may have one"
             raise ConfigError(f"{where} is a conversation, and there is no chat template: {advice}")
-        templates = _templates()
-        if templates.MARKS.search(document):
+        module = templates()
+        if module.MARKS.search(document):
             raise ConfigError(
                 f"{where} has one of the private characters U+10F500 to U+10F504, which stand for marks here"
             )
         written = []
-        for name in ("messages",) if self.kind == "chat" else ("chosen", "rejected"):
+        for name in self.conversations:
             try:
-                chat = templates.chat_of(self.template, parts[name], parts["tools"], names)
-            except templates.TemplateProblem as problem:
+                chat = module.chat_of(self.template, parts[name], parts["tools"], names)
+            except module.TemplateProblem as problem:
                 raise ConfigError(f"{where}: the chat template {problem}") from problem
             spans = chat.spans
             if self.kind == "preferences":
@@ -124,7 +129,10 @@ class ChatForm:
 
     def texts(self, document: str) -> list[str]:
         """Returns the texts in a document, without the tokens at their ends."""
-        return [text for text, _ in self._written(document, "an example", dict.fromkeys(NAMES, ""))]
+        parts, unnamed = json.loads(document), dict.fromkeys(NAMES, "")
+        if isinstance(parts.get("prompt"), str):
+            return [parts["prompt"] + parts[name] for name in ("chosen", "rejected")]
+        return [templates().write(self.template, parts[name], parts["tools"], unnamed) for name in self.conversations]
 
     def encode(self, document: str, tokenizer: Tokenizer) -> list[np.ndarray]:
         """Returns the tokens of each conversation of a document, marked as `marked` does."""
@@ -148,21 +156,22 @@ def chat_form(config: Config) -> ChatForm | None:
     kind = data_kind(config)
     if kind not in ("chat", "preferences"):
         return None
-    templates, data = _templates(), config.data
-    template = templates.find(data)
+    module, data = templates(), config.data
+    template = module.find(data)
     if not template and kind == "chat" and not data.prepared:
-        known = ", ".join(templates.BUILT_IN)
+        known = ", ".join(module.BUILT_IN)
         where = f"there is none beside data.tokenizer_path = {data.tokenizer_path!r}"
         raise ConfigError(f"data.chat_template is needed: one of {known}, or a file; {where}")
     if template:
         try:
-            templates.compiled(template)
-        except templates.TemplateProblem as problem:
+            module.compiled(template)
+        except module.TemplateProblem as problem:
             raise ConfigError(f"data.chat_template {problem}") from problem
     return ChatForm(kind, template, data.chat_field, data.overlong_chats, not data.chat_template)
 
 
-def _templates() -> Any:
+def templates() -> Any:
+    """Returns the module of chat templates, which is loaded only where there are conversations. Raises ConfigError."""
     if importlib.util.find_spec("jinja2") is None:
         raise ConfigError("conversations need the package jinja2: pip install -e '.[hf]'")
     return importlib.import_module("transformer.data.chat_templates")
