@@ -89,7 +89,7 @@ def write_rows(
             whole, first = len(first), form.chat.fitted(first, limits[0] + 1)
             num_cut += 0 < len(first) < whole
         size = _size(form.kind, first, second)
-        if size[0] > limits[0] or size[1] > limits[1] or not size[0]:
+        if size[0] > limits[0] or size[1] > limits[1] or size[0] <= 0:
             too_long.append(number)
             continue
         examples.append((first, second))
