@@ -37,6 +37,7 @@ def test_the_model_s_own_terms_reach_every_objective(name: str) -> None:
 
     outputs = Outputs(jnp.ones((2, 3, 5)), lambda x: x, {"own": pair(1)}, {"load": pair(2)}, future)
     batch = {"targets": jnp.zeros((2, 3), int), "weights": jnp.ones((2, 3))}
+    batch |= {"segment_ids": jnp.ones((2, 3), int), "reference": jnp.zeros((2, 3))}
     config = replace(Config(), objective={"name": name})
     terms = objective_of(config).terms(config.objective, outputs, batch)
     of_heads = {"future_own"} if name == "multi_token" else set()
