@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -13,14 +14,18 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from transformer.config import Config, ConfigError, data_kind, replace
+from transformer.config import Config, ConfigError, ModelConfig, data_kind, replace
 from transformer.config.absolute import absolute
 from transformer.data import chats
+from transformer.data.batches import token_arrays
 from transformer.data.chats import chat_form
 from transformer.data.prepare import prepare
 from transformer.data.prepared import Prepared
 from transformer.data.rows import RowSplit
+from transformer.models.parameters import init_parameters
+from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples
+from transformer.training.step import make_gradient
 
 MakeConfig = Callable[..., Config]
 Record = dict[str, Any]
@@ -253,3 +258,35 @@ def test_docstrings_make_conversations() -> None:
         ["What is the class C of m.n for?", "Has f."],
     ]
     assert list(chats.of_docstrings("def", "m")) == []
+
+
+def test_packed_conversations_are_those_of_rows_of_their_own(chat_config: Callable[..., Config]) -> None:
+    """Losses and gradients: a conversation is the same whatever stands beside it in its row."""
+    config = replace(chat_config(conversations(), sequence_length=96), train={"batch_size": 16})
+    model = ModelConfig(vocab_size=260, num_layers=1, width=16, num_heads=2, initial_scale=0.5, scan_layers=False)
+    config = replace(config, model=dataclasses.asdict(model))
+    split = ready(config).sources[0].train
+    rows = [split.window(number) for number in range(4)]
+    alone = []
+    for row in rows:
+        for segment in range(1, row["segment_ids"].max() + 1):
+            here = row["segment_ids"] == segment
+            alone.append({name: values[here] for name, values in row.items()})
+            alone[-1]["segment_ids"] = np.ones(here.sum(), np.int32)
+    assert len(rows) < len(alone) <= 16
+
+    def batch_of(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        batch = {name: np.zeros((16, 96), kind) for name, (_, kind) in token_arrays(96).items()}
+        for number, row in enumerate(rows):
+            for name, values in row.items():
+                batch[name][number, : len(values)] = values
+        return batch
+
+    network = Transformer(model)
+    gradient = jax.jit(make_gradient(config, network))
+    params = init_parameters(network, jax.random.key(0))
+    (one, told), (other, told_alone) = (gradient(params, batch_of(found), None, 1) for found in (rows, alone))
+    np.testing.assert_allclose(told["loss"], told_alone["loss"], rtol=1e-6)
+    assert told["tokens"] == told_alone["tokens"] > 0
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
