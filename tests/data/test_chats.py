@@ -262,7 +262,7 @@ def test_docstrings_make_conversations() -> None:
 
 def test_packed_conversations_are_those_of_rows_of_their_own(chat_config: Callable[..., Config]) -> None:
     """Losses and gradients: a conversation is the same whatever stands beside it in its row."""
-    config = replace(chat_config(conversations(), sequence_length=96), train={"batch_size": 16})
+    config = replace(chat_config(conversations(), sequence_length=128), train={"batch_size": 16})
     model = ModelConfig(vocab_size=260, num_layers=1, width=16, num_heads=2, initial_scale=0.5, scan_layers=False)
     config = replace(config, model=dataclasses.asdict(model))
     split = ready(config).sources[0].train
@@ -276,7 +276,7 @@ def test_packed_conversations_are_those_of_rows_of_their_own(chat_config: Callab
     assert len(rows) < len(alone) <= 16
 
     def batch_of(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        batch = {name: np.zeros((16, 96), kind) for name, (_, kind) in token_arrays(96).items()}
+        batch = {name: np.zeros((16, 128), kind) for name, (_, kind) in token_arrays(128).items()}
         for number, row in enumerate(rows):
             for name, values in row.items():
                 batch[name][number, : len(values)] = values

@@ -25,7 +25,7 @@ from transformer.inference.command import GenerateOptions
 from transformer.inference.generate import generate
 from transformer.inference.samples import sample
 from transformer.inference.sampling import Sampling
-from transformer.parallel.sharding import make_mesh
+from transformer.parallel.sharding import make_mesh, use_rules
 
 # All prompts but those that are only written have 32 to 63 tokens, so that one program serves them.
 CONFIG = replace(
@@ -54,7 +54,13 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def answer(prompt: str) -> str:
     """What the model says after a text whose begin is not given again."""
     model, params = build(3, TOKENIZER.vocab_size)
-    (found,) = generate(model, params, TOKENIZER, [prompt], 2, Sampling(0.0))
+    return spoken(model, params, TOKENIZER, prompt)
+
+
+def spoken(model: Any, params: Any, tokenizer: Any, prompt: str) -> str:
+    """On the mesh of `ask`, so that one program serves both."""
+    with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])), use_rules(CONFIG):
+        (found,) = generate(model, params, tokenizer, [prompt], 2, Sampling(0.0))
     return found.text
 
 
@@ -80,8 +86,8 @@ def test_lines_of_standard_input_are_turns_of_one_conversation(ask: Callable[...
     assert stop == () and tokenizer.bos == TOKENIZER.bos and tokenizer.eos == TOKENIZER.eos
     assert tokenizer.encode(prompt).tolist() == [*second, *TOKENIZER.encode("\n<|user|>\nU\n<|assistant|>\n")]
     model, params = build(3, TOKENIZER.vocab_size)
-    (found,) = generate(model, params, tokenizer, [prompt], 2, Sampling(0.0))
-    assert ask("Hello u\nU\n") == f"{first}\n{found.text}\n"
+    second_answer = spoken(model, params, tokenizer, prompt)
+    assert ask("Hello u\nU\n") == f"{first}\n{second_answer}\n"
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn() -> None:
@@ -127,7 +133,8 @@ def test_a_run_s_sample_answers_its_prompt() -> None:
     model, params = build(3, TOKENIZER.vocab_size)
     asked = chat.sample_prompt(CONFIG, TOKENIZER, "Hello you")[0]
     assert asked == "<s><|user|>\nHello you\n<|assistant|>\n"
-    assert sample(CONFIG, model, params, TOKENIZER, "Hello you", 2) is not None
+    with jax.set_mesh(make_mesh(CONFIG, jax.devices()[:1])), use_rules(CONFIG):
+        assert sample(CONFIG, model, params, TOKENIZER, "Hello you", 2) is not None
 
 
 @pytest.mark.parametrize(
