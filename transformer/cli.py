@@ -175,6 +175,8 @@ def evaluate(options: EvaluateOptions) -> int:
     if run.data_fingerprint not in ("", prepared.fingerprint):  # what was imported has no corpus
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
     prepared = with_examples(prepared, objective_of(config), config)
+    if objective_of(config).HAS_REFERENCE:
+        prepared = importlib.import_module("transformer.training.reference").stored(prepared, run.workdir)
     with jax.set_mesh(mesh), use_rules(config):
         model, params, step = load_parameters(run, mesh, options.step, options.best, options.average)
         result: dict[str, Any] = {"step": step, **Evaluator(config, prepared, model, mesh)(params)}
@@ -186,6 +188,10 @@ def evaluate(options: EvaluateOptions) -> int:
         result["trigram_bits_per_byte"] = trigram_bits_per_byte(*texts)
     if options.as_json:
         print(json.dumps(result))
+        return 0
+    if "cross_entropy" not in result:
+        print(f"{options.workdir}, step {step}, the whole validation split")
+        print("\n".join(f"  {name:<16}{value:.4f}" for name, value in result.items() if name != "step"))
         return 0
     print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} tokens)")
     if "cross_entropy" in result:

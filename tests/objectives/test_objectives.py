@@ -36,8 +36,9 @@ def test_the_model_s_own_terms_reach_every_objective(name: str) -> None:
         return [jnp.ones((2, 3, 5))], {"losses": {"future_own": pair(3)}, "statistics": {"future_load": pair(5)}}
 
     outputs = Outputs(jnp.ones((2, 3, 5)), lambda x: x, {"own": pair(1)}, {"load": pair(2)}, future)
-    places = ("targets", "positions", "segment_ids", "may_answer", "answer_starts", "answer_ends")
+    places = ("targets", "positions", "may_answer", "answer_starts", "answer_ends")
     batch = {name: jnp.zeros((2, 3), int) for name in places} | {"weights": jnp.ones((2, 3))}
+    batch |= {"segment_ids": jnp.ones((2, 3), int), "reference": jnp.zeros((2, 3))}
     config = replace(Config(), objective={"name": name})
     terms = objective_of(config).terms(config.objective, outputs, batch)
     of_heads = {"future_own"} if name == "multi_token" else set()

@@ -19,7 +19,7 @@ from transformer.checkpointing.lease import Lease
 from transformer.checkpointing.run import CHECKPOINTS, CONFIG, CORPUS, TOKENIZER, Place, Run
 from transformer.config import ConfigError, write_atomically
 
-RESUMED = ("metrics.jsonl", "samples.jsonl", "wandb_run_id")
+RESUMED = ("metrics.jsonl", "samples.jsonl", "wandb_run_id", "reference.npz")
 """Files that a run goes on with, besides those that make it a run; all others are written anew, or beside the old ones."""
 
 

@@ -30,7 +30,10 @@ def absolute(data: DataConfig) -> dict[str, Any]:
     files = {name: tuple(map(of, getattr(data, name))) for name in paths}
     local = data.prepared and "://" not in data.prepared
     prepared = str(Path(data.prepared).expanduser().absolute()) if local else data.prepared
-    return files | {"source": source, "tokenizer_path": tokenizer, "prepared": prepared}
+    found = {"source": source, "tokenizer_path": tokenizer, "prepared": prepared}
+    template = Path(data.chat_template).expanduser() if data.chat_template and "{" not in data.chat_template else None
+    # The text itself, so that the run needs no file.
+    return files | found | ({"chat_template": template.read_text()} if template and template.is_file() else {})
 
 
 def absolute_start(start: InitFromConfig) -> dict[str, Any]:

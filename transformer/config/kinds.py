@@ -208,7 +208,9 @@ def source_problems(data: DataConfig, kind: DataKind, name: str) -> Iterator[str
         yield f"data.{given[0]} holds out pairs of data.source_path, which is not given: use data.validation_documents"
     if kind != "text" and data.validation_tail is not None:
         yield f"data.validation_tail = {data.validation_tail}: {name} holds out whole examples (data.validation_documents)"
-    if kind != "text" and "python_stdlib" in data.source and not (data.path or given or data.prepared):
+    if kind in ("chat", "preferences"):
+        yield from _chat_problems(data, kind, name, bool(given))
+    elif kind != "text" and "python_stdlib" in data.source and not (data.path or given or data.prepared):
         fields = (
             "data.source_field and data.target_field" if kind == "pairs" else "data.text_field and data.label_field"
         )
@@ -216,6 +218,25 @@ def source_problems(data: DataConfig, kind: DataKind, name: str) -> Iterator[str
         records = f"records with {fields} by data.path, tfds:NAME or hf:NAME"
         wanted = "pairs" if kind == "pairs" else "texts with labels"
         yield f"data.source = 'python_stdlib' has no {wanted}, which {name} needs: give {files}{records}"
+
+
+def _chat_problems(data: DataConfig, kind: DataKind, name: str, given: bool) -> Iterator[str]:
+    if kind == "preferences" and "python_stdlib" in data.source and not (data.path or given or data.prepared):
+        records = "records with prompt, chosen and rejected by data.path, tfds:NAME or hf:NAME"
+        yield f"data.source = 'python_stdlib' has no preferences, which {name} needs: give {records}"
+    if kind == "chat" and not (data.chat_template or data.tokenizer_path or data.prepared):
+        yield f"data.chat_template is needed: {name} learns from conversations, and no data.tokenizer_path brings one"
+
+
+def preference_problems(config: Config) -> Iterator[str]:
+    """Yields a sentence for each thing that a loss over pairs of answers has no use for."""
+    objective = config.objective
+    if objective.label_smoothing >= 0.5:
+        yield f"objective.label_smoothing = {objective.label_smoothing}: with 'dpo' it must be below 0.5, where none is right"
+    if objective.dpo_loss == "ipo" and objective.label_smoothing:
+        yield f"objective.label_smoothing = {objective.label_smoothing}: objective.dpo_loss = 'ipo' has none"
+    if objective.z_loss:
+        yield f"objective.z_loss = {objective.z_loss}: objective.name = 'dpo' has no such term"
 
 
 def scaling_problems(config: Config) -> Iterator[str]:

@@ -26,7 +26,7 @@ MESH_AXES = ("replica", "stage", "fsdp", "expert", "context", "tensor")
 DATA_AXES = ("replica", "fsdp", "expert")
 """Those that the batch is split over."""
 
-DataKind = Literal["text", "pairs", "labelled"]
+DataKind = Literal["text", "pairs", "labelled", "chat", "preferences"]
 
 OBJECTIVE_DATA: dict[str, DataKind] = {
     "seq2seq": "pairs",
@@ -35,6 +35,8 @@ OBJECTIVE_DATA: dict[str, DataKind] = {
     "regression": "labelled",
     "span_extraction": "labelled",
     "text_to_text": "pairs",
+    "chat": "chat",
+    "dpo": "preferences",
 }
 """What objectives need that do not learn from running text."""
 
@@ -83,6 +85,12 @@ class DataConfig:
     """Field of a record that holds its class, a list with the class of each word, its number, or its answers."""
     label_words: tuple[str, ...] = ()
     """What is written for each label, VALUE=WORD (`text_to_text`); none: the target field holds text."""
+    chat_field: str = ""
+    """Field of a record that holds a conversation; empty: `messages`, or ShareGPT's `conversations`."""
+    chat_template: str = ""
+    """Jinja template of conversations: `plain`, `chatml`, `llama3`, a file, or the text itself; empty: that of the tokenizer."""
+    overlong_chats: Literal["cut", "drop"] = "cut"
+    """What becomes of a conversation that is longer than a row: it ends with the last answer that fits, or is left out."""
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8: stop and name them, or replace them by U+FFFD."""
     validation_documents: float = 0.02
@@ -136,12 +144,14 @@ class ObjectiveConfig:
         "span_extraction",
         "text_to_text",
         "associative_recall",
+        "chat",
+        "dpo",
     ] = "causal"
     """`causal`: each token from those before it; `transformer.objectives` has the table of all."""
     z_loss: float = 0.0
     """Weight of the squared log-partition function (PaLM used 1e-4), which keeps logits from drifting."""
     label_smoothing: float = 0.0
-    """Probability that the target distribution spreads evenly over the vocabulary."""
+    """Probability that the target distribution spreads evenly over the vocabulary; for `dpo`, that a preference is wrong."""
     logit_chunk: int = 0
     """Tokens of a text whose logits exist at one time: less memory, a product more for the gradient. 0: all."""
     mask_rate: float = 0.15
@@ -164,6 +174,10 @@ class ObjectiveConfig:
     """Most tokens of an answer that is looked for (`span_extraction`)."""
     num_pairs: int = 16
     """Most keys that an example has, whose values are asked for (`associative_recall`)."""
+    dpo_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of the margin by which the preferred answer has become more probable than the other (`dpo`)."""
+    dpo_beta: float = 0.1
+    """Factor of that margin: the higher, the closer the model stays to the one it began as (`dpo`)."""
 
 
 @dataclass(frozen=True)

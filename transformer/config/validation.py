@@ -118,6 +118,8 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "span_extraction": ("encoder", "decoder"),
     "text_to_text": ("encoder_decoder",),
     "associative_recall": ("decoder",),
+    "chat": ("decoder",),
+    "dpo": ("decoder",),
 }
 """What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
 
@@ -135,6 +137,8 @@ def _example_problems(config: Config) -> Iterator[str]:
         heads = f"model.num_future_tokens = {model.num_future_tokens}"
         yield f"{heads}: objective.name = 'multi_token' needs at least 1, the others 0, and this is {name}"
     yield from importlib.import_module("transformer.config.tasks").task_problems(config, kind, name)
+    if config.objective.name == "dpo":
+        yield from importlib.import_module("transformer.config.kinds").preference_problems(config)
     if config.objective.name == "associative_recall":
         yield from importlib.import_module("transformer.config.kinds").recall_problems(config)
     length, rows = source_length(config), model.num_positions

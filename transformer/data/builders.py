@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from transformer.config import ConfigError, nearest
-from transformer.data import files, forms
+from transformer.data import chats, files, forms
 from transformer.data.forms import Form
 
 TEXT_PACKAGES = ("text", "translate", "question_answering", "summarization", "text_simplification")
@@ -57,8 +57,16 @@ class PythonStdlib(LocalText):
     name = "python_stdlib"
 
     def _documents(self, file: files.TextFile) -> Iterator[str]:
-        with contextlib.suppress(ConfigError):
-            yield from super()._documents(file)
+        """Yields the file, or conversations about what it documents."""
+        if self.form.chat is None:
+            with contextlib.suppress(ConfigError):
+                yield from super()._documents(file)
+            return
+        with contextlib.suppress(UnicodeDecodeError), file.open() as stream:
+            source = stream.read().decode()
+            module = file.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            for number, record in enumerate(chats.of_docstrings(source, module), start=1):
+                yield self.form.document(record, f"{file.path}, docstring {number},")
 
 
 class LocalPairs(LocalText):

@@ -4,6 +4,7 @@ An example is a document; one that is not running text is the JSON list of its p
 stores documents need not know the difference.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from transformer.config import Config, ConfigError, data_kind
 from transformer.data import answers, files, tables
+from transformer.data.chats import FIELDS, ChatForm, chat_form
 from transformer.data.tokenizers import Tokenizer
 
 RECORDS = (".jsonl", ".parquet", *tables.TABLES)
@@ -29,7 +31,7 @@ TARGETS: dict[str, Target] = {"token_classification": "words", "regression": "nu
 class Form:
     """How a record becomes a document, and a document tokens."""
 
-    kind: Literal["text", "pairs", "labelled"]
+    kind: Literal["text", "pairs", "labelled", "chat", "preferences"]
     fields: tuple[tuple[str, str], ...]
     """Keys of the configuration that name a field of the record, and those names."""
     errors: str
@@ -38,6 +40,8 @@ class Form:
     """What every text to read begins with."""
     label_words: tuple[str, ...] = ()
     """VALUE=WORD: what to write for a label."""
+    chat: ChatForm | None = None
+    """Of conversations and preferences, how they are written and read."""
 
     @property
     def words(self) -> bool:
@@ -46,7 +50,7 @@ class Form:
 
     @property
     def rows(self) -> str:
-        """What the rows hold that are made of it: text, pairs, classes, numbers or answers."""
+        """What the rows hold that are made of it: text, pairs, classes, numbers, answers, conversations or preferences."""
         return {"number": "numbers", "answers": "answers"}.get(self.target, self.kind)
 
     @property
@@ -55,10 +59,13 @@ class Form:
         usual = self.kind == "text" and self.fields[0][1] == "text" and self.errors == "strict"
         task = (self.target, self.prefix, self.label_words)
         more = task if self.target in ("number", "answers") or self.prefix or self.label_words else ()
-        return () if usual else (self.kind, self.fields, self.errors, self.words, *more)
+        chat = () if self.chat is None else dataclasses.astuple(self.chat)
+        return () if usual else (self.kind, self.fields, self.errors, self.words, *more, *chat)
 
     def document(self, record: Mapping[str, Any], where: str) -> str:
         """Returns the document of a record; it is empty where a text is. Raises ConfigError, naming the field."""
+        if self.chat is not None:
+            return self.chat.document(record, where)
         if self.kind == "labelled":
             return self._labelled(record, where)
         if self.kind == "pairs" and (self.label_words or len(self.fields) > 2):
@@ -113,6 +120,8 @@ class Form:
         """Returns the texts in a document."""
         if self.kind == "text":
             return (document,)
+        if self.chat is not None:
+            return self.chat.texts(document)
         parts = json.loads(document)
         return parts if self.kind == "pairs" else (" ".join(parts[0]),) if self.words else [parts[0], *parts[2:]]
 
@@ -122,12 +131,16 @@ class Form:
         return found if self.words else [found]
 
     def encode(self, document: str, tokenizer: Tokenizer, numbers: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the two arrays that are stored of a document: ids of both texts, or ids and labels plus 1.
+        """Returns the two arrays that are stored of a document: ids of both texts, or ids and labels plus 1. Of conversations
+        and preferences they are marked tokens, of one and of no text, or of the preferred one and the other.
 
         A text to read ends with `eos`; one to write, or with a label, lies between `bos` and `eos`, and another `eos` ends
         a second text. A text of words has a label, plus 1, on the first token of each word, and 0 on all others. `numbers`
         are those of named labels. A number is stored as the two halves of a float32, answers as `answers.encode` says.
         """
+        if self.chat is not None:
+            found = [*self.chat.encode(document, tokenizer), np.zeros(0, np.int32)]
+            return found[0], found[1]
         begin, end = np.array([[tokenizer.bos], [tokenizer.eos]], np.int32)
         first, second, *others = json.loads(document)
         if self.target == "answers":
@@ -158,6 +171,10 @@ def form_of(config: Config) -> Form:
         "pairs": ("source_field", "target_field"),
         "labelled": ("text_field", "label_field"),
     }
+    if (chat := chat_form(config)) is not None:
+        known = FIELDS if kind == "chat" else ("prompt", "chosen", "rejected")
+        wanted = (data.chat_field,) if kind == "chat" and data.chat_field else known
+        return Form(kind, tuple(("data.chat_field", name) for name in (*wanted, "tools")), data.errors, chat=chat)
     second = ("second_text_field",) if data.second_text_field else ()
     fields = tuple((f"data.{name}", getattr(data, name)) for name in (*names[kind], *second))
     return Form(
@@ -171,10 +188,11 @@ def read_documents(file: files.TextFile, form: Form) -> Iterator[str]:
 
     Raises ConfigError for what is not UTF-8 (with the byte offset, after decompression), broken files, missing fields.
     """
-    if form.kind != "text" and file.kind not in RECORDS:
+    if form.kind != "text" and (file.kind not in RECORDS or (form.chat and file.kind in tables.TABLES)):
         needs = "data.source_path and data.target_path, or " if form.kind == "pairs" else ""
-        wanted = "pairs" if form.kind == "pairs" else "texts with labels"
-        kinds = f"{', '.join(RECORDS[:-1])} or {RECORDS[-1]}"
+        wanted = {"labelled": "texts with labels", "chat": "conversations"}.get(form.kind, form.kind)
+        known = RECORDS if form.chat is None else [kind for kind in RECORDS if kind not in tables.TABLES]
+        kinds = f"{', '.join(known[:-1])} or {known[-1]}"
         raise ConfigError(f"{file.path}: {wanted} come from {needs}records in {kinds} files")
     for record, where in read_fields(file, form):
         yield form.document(record, where)

@@ -90,13 +90,16 @@ def write_rows(
     example in its row are not those in the corpus.
     """
     form, limits = form_of(config), capacity(config)
-    examples, sizes, num_bytes, too_long = [], [], 0, []
+    examples, sizes, num_bytes, too_long, num_cut = [], [], 0, [], 0
     for number in sorted(numbers.tolist(), key=lambda number: pseudo_random(2**63, number)):
         document = portion.documents[number]
         first, second = form.encode(document, tokenizer, labels.numbers)
-        # The decoder reads all tokens of a text to write but the last.
-        size = (len(first), len(second) - (form.kind == "pairs"))
-        if size[0] > limits[0] or size[1] > limits[1]:
+        if form.kind == "chat":
+            assert form.chat is not None
+            whole, first = len(first), form.chat.fitted(first, limits[0] + 1)
+            num_cut += 0 < len(first) < whole
+        size = _size(form.kind, first, second)
+        if size[0] > limits[0] or size[1] > limits[1] or size[0] <= 0:
             too_long.append(number)
             continue
         examples.append((first, second))
@@ -105,26 +108,42 @@ def write_rows(
     # A question has a row of its own: which token is asked for is a choice among all of the row.
     alone = [[number] for number in range(len(examples))]
     rows = alone if form.target == "answers" else pack(np.array(sizes, np.int64).reshape(-1, 2), limits)
-    records = (_record([array for i in row for array in examples[i]], token_type(tokenizer, labels)) for row in rows)
+    kind = token_type(tokenizer, labels, form.kind)
+    records = (_record([array for i in row for array in examples[i]], kind) for row in rows)
     shard = RowShard(
         file=path.name,
         num_documents=len(examples),
         num_rows=len(rows),
-        num_tokens=sum(
-            size[1] if form.kind == "pairs" else int(np.count_nonzero(example[1])) if form.rows == "labelled" else 1
-            for size, example in zip(sizes, examples, strict=True)
-        ),
+        num_tokens=sum(_num_targets(form.rows, *example) for example in examples),
         num_bytes=num_bytes,
         num_inputs=sum(sum(size) if form.kind == "pairs" else size[0] for size in sizes),
         num_too_long=len(too_long),
         first_too_long=min(too_long, default=None),
+        num_cut=num_cut,
     )
     writing.write_records(path, records, dataclasses.asdict(shard))
     return shard
 
 
-def token_type(tokenizer: Tokenizer, labels: Labels) -> str:
-    """Returns the NumPy type in which ids and labels, plus 1, are stored."""
+def _size(kind: str, first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
+    """Returns how much room the two arrays of an example take: a decoder reads all tokens but the last of what it writes."""
+    if kind == "preferences":
+        return len(first) + len(second) - 2, 0
+    return len(first) - (kind == "chat"), len(second) - (kind == "pairs")
+
+
+def _num_targets(kind: str, first: np.ndarray, second: np.ndarray) -> int:
+    if kind in ("chat", "preferences"):
+        return int(np.sum(first[1:] & 1) + np.sum(second[1:] & 1))
+    if kind in ("numbers", "answers"):
+        return 1
+    return len(second) - 1 if kind == "pairs" else int(np.count_nonzero(second))
+
+
+def token_type(tokenizer: Tokenizer, labels: Labels, kind: str = "labelled") -> str:
+    """Returns the NumPy type in which ids, labels plus 1, and marked tokens are stored."""
+    if kind in ("chat", "preferences"):
+        return writing.token_type(2 * tokenizer.vocab_size)
     return writing.token_type(max(tokenizer.vocab_size, labels.count + 1))
 
 
@@ -137,6 +156,11 @@ def left_out(config: Config, directory: Path) -> list[str]:
     for split in ("train", "validation"):
         found = [RowShard(**shard) for shard in index[split]]
         count = sum(shard.num_too_long for shard in found)
+        if cut := sum(shard.num_cut for shard in found):
+            messages.append(
+                f"{cut:,} {split} examples of {index['name']} are longer than {room(config)}: they end with the last answer "
+                "that fits (data.overlong_chats)"
+            )
         first = min((s.first_too_long for s in found if s.first_too_long is not None), default=0)
         if count:
             messages.append(

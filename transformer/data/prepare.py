@@ -116,6 +116,7 @@ def _tokenizer(config: Config, corpora: Sequence[Corpus], workers: Workers) -> t
     data = config.data
     given = new_tokenizer.read_tokenizer(data.tokenizer, data.tokenizer_path) if data.tokenizer_path else None
     depends: list[object] = [FORMAT, data.tokenizer, given and given.fingerprint]
+    depends += [template] if (template := getattr(given, "chat_template", "")) else []
     if not given and data.tokenizer != "bytes":
         depends += [corpus.fingerprint for corpus in corpora]
     if not given and data.tokenizer in ("bpe", "unigram"):
@@ -191,7 +192,7 @@ def _write_shards(
     if kind == "text":
         index |= {"sequence_length": window_length(config), "token_type": writing.token_type(tokenizer.vocab_size)}
     else:
-        index |= {"kind": form_of(config).rows, "token_type": packing.token_type(tokenizer, labels)}
+        index |= {"kind": form_of(config).rows, "token_type": packing.token_type(tokenizer, labels, kind)}
         index |= {"num_labels": labels.count, "labels": labels.names, "num_empty": _num_empty(corpus, parts)}
     for name in SPLITS:
         own = [shard for shard in written if shard.file.startswith(name)]

@@ -30,6 +30,8 @@ class RowShard:
     """Examples that fit into no row and were left out."""
     first_too_long: int | None
     """Number of the first of them among the documents of the corpus, from 0."""
+    num_cut: int = 0
+    """Conversations that end before their end, with the last answer that fits."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RowSplit:
 
     name: str
     directory: PurePath
-    kind: Literal["pairs", "labelled", "numbers", "answers"]
+    kind: Literal["pairs", "labelled", "numbers", "answers", "chat", "preferences"]
     token_type: str
     shards: tuple[RowShard, ...]
 
@@ -69,6 +71,8 @@ class RowSplit:
         with labels have `inputs`, `positions`, `segment_ids` and `labels`: on every token the label of its text, or, where
         words have labels, that of a word on its first token and -1 elsewhere. Texts with a number have it in `labels` too.
         Questions have `passage`, the place where the passage begins, and `answers` [answers, 2], first and last token.
+        Conversations have `inputs`, `targets`, `positions`, `segment_ids` and `weights`, which are 1 where the assistant says
+        the target; of preferences two segments are the preferred conversation and the other.
         """
         index = int(np.searchsorted(self.first_windows, number, side="right")) - 1
         path = self.directory / self.shards[index].file
@@ -83,6 +87,11 @@ class RowSplit:
             decoder = _joined([target[:-1] for target in seconds])
             targets = np.concatenate([target[1:] for target in seconds])
             return encoder | decoder | {"targets": targets, "weights": np.ones(len(targets), np.float32)}
+        if self.kind in ("chat", "preferences"):
+            marked = firsts if self.kind == "chat" else parts
+            following = np.concatenate([tokens[1:] for tokens in marked])
+            learned = {"targets": following >> 1, "weights": (following & 1).astype(np.float32)}
+            return _joined([tokens[:-1] >> 1 for tokens in marked]) | learned
         if self.kind == "answers":
             return _joined(firsts) | {"passage": seconds[0][:1], "answers": seconds[0][1:].reshape(-1, 2)}
         of_numbers = self.kind == "numbers"

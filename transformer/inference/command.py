@@ -1,6 +1,7 @@
 """`transformer generate`: its options, what can be wrong with them, and the way from prompts to texts."""
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,10 @@ class TextOptions:
     """That field; empty: data.source_field of the run for an encoder-decoder, data.text_field for a decoder."""
     target_prefix: str = ""
     """What every text of an encoder-decoder begins with."""
+    chat: bool = False
+    """Answer each prompt as a user's turn, by the chat template; without --prompt, line by line what standard input says."""
+    system: str = ""
+    """What the system says at the begin of each conversation."""
     gap: str = ""
     """Mark that stands in each prompt where a text is to be filled in, by a run of objective fill_in_the_middle."""
     output: str = ""
@@ -121,6 +126,8 @@ def problems_of(options: GenerateOptions) -> list[str]:
         problems += [f"--beams = {options.beams} searches and draws nothing: leave out {told}"] if given else []
         if options.num_samples > options.beams:
             problems.append(f"--num-samples = {options.num_samples}: --beams = {options.beams} finds no more than that")
+    if options.chat or options.system:
+        problems += importlib.import_module("transformer.inference.chat").problems_of(options)
     return problems
 
 
@@ -136,6 +143,9 @@ def write_texts(options: GenerateOptions, run: Any, config: Config, mesh: Any) -
     target = Path(options.output).expanduser() if options.output else None
     if target is not None and not target.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: the directory {target.parent} does not exist")
+    if options.chat:
+        importlib.import_module("transformer.inference.chat").converse(options, run, config, mesh)
+        return
     prompts = _prompts(options, run.config)
     if options.gap and run.config.objective.name != "fill_in_the_middle":
         known = f"objective.name = 'fill_in_the_middle', and this run's is {run.config.objective.name!r}"
@@ -200,7 +210,7 @@ def _generations(
     import jax
 
     from transformer.checkpointing.loading import load_parameters
-    from transformer.inference.prompts import batches_by_length, check_prompts
+    from transformer.inference.prompts import check_prompts
     from transformer.parallel.sharding import use_rules
 
     with jax.set_mesh(mesh), use_rules(config):
@@ -208,12 +218,21 @@ def _generations(
         check_prompts(model, run.tokenizer, prompts, options.max_tokens, options.target_prefix, options.gap)
         method = _method(options, run, config, mesh, model, params, on_text)
         num_draws = 1 if options.beams else options.num_samples
-        rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_draws)]
-        repeated = [prompts[prompt] for prompt, _ in rows]
-        found: dict[int, list[Generation]] = {}
-        for batch in batches_by_length(run.tokenizer, repeated, options.batch_size):
-            texts = method([repeated[row] for row in batch], [rows[row] for row in batch])
-            found |= dict(zip(batch, texts, strict=True))
+        return in_batches(method, run.tokenizer, prompts, num_draws, options.batch_size)
+
+
+def in_batches(
+    method: Method, tokenizer: Any, prompts: Sequence[str], num_draws: int, batch_size: int
+) -> list["Generation"]:
+    """Returns the texts that a method finds for all prompts, drawn so many times each, in the prompts' order."""
+    from transformer.inference.prompts import batches_by_length
+
+    rows = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_draws)]
+    repeated = [prompts[prompt] for prompt, _ in rows]
+    found: dict[int, list[Generation]] = {}
+    for batch in batches_by_length(tokenizer, repeated, batch_size):
+        texts = method([repeated[row] for row in batch], [rows[row] for row in batch])
+        found |= dict(zip(batch, texts, strict=True))
     return [text for row in range(len(rows)) for text in found[row]]
 
 

@@ -21,6 +21,8 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "span_extraction": ("transformer.objectives.span_extraction", "SpanExtraction"),
     "text_to_text": ("transformer.objectives.text_to_text", "TextToText"),
     "associative_recall": ("transformer.objectives.associative_recall", "AssociativeRecall"),
+    "chat": ("transformer.objectives.chat", "Chat"),
+    "dpo": ("transformer.objectives.dpo", "Dpo"),
 }
 """Module and class by name, loaded when a run asks for them."""
 

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from transformer.parallel.parts import num_parts
 
-Sums = Callable[..., dict[str, Float[Array, ""]]]
-"""From arrays [B, T, ...] to sums over all that they hold."""
+Sums = Callable[..., dict[str, Float[Array, "..."]]]
+"""From arrays [B, T, ...] to sums over tokens: over all of them, or over those of each text."""
 
 
 def in_chunks(sums: Sums, size: int) -> Sums:
@@ -18,7 +18,7 @@ def in_chunks(sums: Sums, size: int) -> Sums:
     Rows of zeros fill the last chunk, and must add nothing: their weights are zero too.
     """
 
-    def chunked(*arrays: Array) -> dict[str, Float[Array, ""]]:
+    def chunked(*arrays: Array) -> dict[str, Float[Array, "..."]]:
         batch, length = arrays[0].shape[:2]
         if length <= size:
             return sums(*arrays)

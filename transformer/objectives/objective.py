@@ -22,6 +22,8 @@ class Objective:
 
     COUNTS_TEXT: ClassVar[bool] = False
     """Whether the cross-entropy is over every token of the text once, so that bits a byte can be told."""
+    HAS_REFERENCE: ClassVar[bool] = False
+    """Whether the examples have a `reference`, which the model that a run begins with decides."""
 
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         """Returns the terms of a batch, the model's own among them."""

@@ -70,6 +70,11 @@ def run(config: Config, workdir: PurePath) -> int:
             with jax.set_mesh(mesh), Checkpoints(place.workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
                 state = begin(config, model, optimizer, shardings, checkpoints, start)
 
+                if objective_of(config).HAS_REFERENCE:
+                    reference = importlib.import_module("transformer.training.reference")
+                    begun = state.params if latest is None else None
+                    prepared = reference.referenced(config, prepared, place.files, model, mesh, begun, is_writer)
+
                 # Steps, and between them validations, samples and checkpoints.
                 with Report(config, place, int(jax.device_get(state.step)), is_writer) as report:
                     if start is not None:
