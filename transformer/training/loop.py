@@ -72,7 +72,7 @@ def run(config: Config, workdir: PurePath) -> int:
 
                 if objective_of(config).HAS_REFERENCE:
                     reference = importlib.import_module("transformer.training.reference")
-                    begun = state.params if latest is None else None
+                    begun = state.params if checkpoints.latest_step() is None else None
                     prepared = reference.referenced(config, prepared, place.files, model, mesh, begun, is_writer)
 
                 # Steps, and between them validations, samples and checkpoints.
