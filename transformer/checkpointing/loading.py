@@ -1,15 +1,16 @@
 """The parameters of a run, for whatever uses them and trains no more."""
 
 import functools
+import importlib
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, Run, for_platform
+from transformer.checkpointing.run import CHECKPOINTS, Run, make_model
 from transformer.config import ConfigError, replace
-from transformer.models.parameters import Tree, map_specs, parameter_specs
+from transformer.models.parameters import Tree, divide, map_specs, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.parallel.sharding import sharding
 
@@ -24,10 +25,11 @@ def load_parameters(
     """
     # An implementation of attention was named for the machine that trains, and for whole sequences.
     config = replace(run.config, model={"attention_implementation": "auto"})
-    model = Transformer(for_platform(config.model, jax.default_backend()))
+    model = make_model(config, jax.default_backend())
+    # Of an adapter, checkpoints have what is trained.
+    specs, frozen = divide(parameter_specs(model), parameter_specs(model))
     abstract = map_specs(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
-        parameter_specs(model),
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding(mesh, spec.axes, spec.shape)), specs
     )
     directory = run.workdir / CHECKPOINTS
     if not directory.is_dir():
@@ -48,7 +50,9 @@ def load_parameters(
         params = checkpoints.restore(chosen, params=abstract)["params"]
         for number, at in enumerate(reversed(until[-average:-1]), start=2):
             params = _toward(params, checkpoints.restore(at, params=abstract)["params"], number)
-        return model, params, chosen
+    if frozen:
+        params = importlib.import_module("transformer.checkpointing.bases").complete(run, model, params, mesh)
+    return model, params, chosen
 
 
 @functools.partial(jax.jit, donate_argnums=0)

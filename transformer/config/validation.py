@@ -33,7 +33,7 @@ _NOT_NEGATIVE = (
     "model.num_shared_experts model.balance_loss model.router_z_loss objective.logit_chunk"
 ).split()
 _SHARES = (
-    "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
+    "data.validation_documents data.validation_tail model.dropout adapter.dropout optimizer.final_ratio optimizer.decay_share "
     "optimizer.beta1 optimizer.beta2 optimizer.momentum optimizer.ema_decay optimizer.muon_momentum "
     "objective.label_smoothing objective.mask_rate objective.middle_rate objective.suffix_first_rate model.rotary_share"
 ).split()

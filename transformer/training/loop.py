@@ -14,11 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, CONFIG, Place, for_platform, open_run, resolve
+from transformer.checkpointing.run import CHECKPOINTS, CONFIG, Place, make_model, open_run, resolve
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
-from transformer.models.parameters import Tree, num_parameters, parameter_specs
+from transformer.models.parameters import Tree, join, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
 from transformer.optimizers import is_averaged, make_optimizer, replace_average
@@ -49,6 +49,9 @@ def run(config: Config, workdir: PurePath) -> int:
         config = resolve(config, prepared.tokenizer.vocab_size, prepared.num_labels)
         prepared = with_examples(prepared, objective_of(config), config)
 
+        model = make_model(config, jax.default_backend())
+        bases = importlib.import_module("transformer.checkpointing.bases") if config.adapter.kind != "none" else None
+        base = None if bases is None else bases.begin(config, prepared.tokenizer, workdir)
         guard.agree(fingerprint_of_the_data=prepared.fingerprint)
         # Loaded by name: a reader of one run needs no other places than a local directory.
         with importlib.import_module("transformer.checkpointing.places").opened(workdir, is_writer) as place:
@@ -57,7 +60,6 @@ def run(config: Config, workdir: PurePath) -> int:
             guard.meet(workdir / CONFIG)
 
             # Model and optimizer, and where each array of their state lives.
-            model = Transformer(for_platform(config.model, jax.default_backend()))
             optimizer = make_optimizer(config, parameter_specs(model))
             shardings = state_shardings(model, optimizer, mesh, config.parallel)
 
@@ -68,6 +70,10 @@ def run(config: Config, workdir: PurePath) -> int:
                     state = create_state(config, model, optimizer, shardings)
                 else:
                     state = restore(checkpoints, latest, abstract_state(model, optimizer, shardings))
+
+                if base is not None:
+                    begin = jax.jit(optimizer.init, out_shardings=shardings.opt_state) if latest is None else None
+                    state = base.under(state, model, mesh, place.files if is_writer else None, begin)
 
                 # Steps, and between them validations, samples and checkpoints.
                 with Report(config, place, latest or 0, is_writer) as report:
@@ -255,7 +261,7 @@ class Loop:
 
     def _validate(self, step: int, state: TrainState) -> tuple[float | None, int]:
         """Returns the validation loss and 0, or None and the exit status of a signal that came meanwhile."""
-        params = state.evaluated()
+        params = join(state.evaluated(), state.frozen)
         self.guard.beat(step, "validating", compiles=True)
         result = self.evaluator(params, lambda: self.guard.beat(step, "validating") or self.vote.read(self.vote.cast()))
         if "interrupted_by" in result:
