@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
+from transformer.config.adapter import AdapterConfig
 from transformer.config.model import RECURRENT, FeedForwardKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
     DATA_AXES,
@@ -229,6 +230,8 @@ def _run_problems(config: Config) -> Iterator[str]:
         parts = f"the warm-up ({warmup} steps) and decay ({decay}, optimizer.decay_share) overlap in {total}"
         yield f"optimizer.schedule = 'wsd': {parts}"
     yield from _optimizer_problems(config)
+    if config.adapter != AdapterConfig():
+        yield from importlib.import_module("transformer.config.adapters").problems_of_adapters(config)
     if parallel.stage != 1 or parallel.rounds != 1:
         yield from importlib.import_module("transformer.config.pipelines").problems_of_stages(config)
     if train.batch_warmup_steps > max(0, train.num_steps):

@@ -188,9 +188,12 @@ class Loop:
         memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         tokens = self.config.train.batch_size * self.config.data.sequence_length
+        told = f"{num_parameters(self.model):,} parameters"
+        if state.frozen:
+            told = importlib.import_module("transformer.models.adapters").share(self.model)
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         self.report.message(
-            f"{num_parameters(self.model):,} parameters; mesh {shape or 'of one device'}; "
+            f"{told}; mesh {shape or 'of one device'}; "
             f"{'compiled' if self.num_traces else 'loaded'} in {seconds:.1f} s; per device {arguments / 2**20:,.0f} MiB of "
             f"arguments, {temporary / 2**20:,.0f} MiB of temporaries; {self.flops_per_token * tokens:.3g} FLOPs a step"
         )
