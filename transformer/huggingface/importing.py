@@ -43,7 +43,7 @@ def import_model(folder: Folder, workdir: Path, config: Config, mesh: Mesh) -> M
         tokenizer.save(partial / TOKENIZER)
         for name, content in kept.items():
             write_atomically(partial / TOKENIZER / published.PUBLISHED / name, content)
-        with Checkpoints(partial / CHECKPOINTS, config.checkpoint) as checkpoints:
+        with Checkpoints(partial / CHECKPOINTS, config.checkpoint, compresses=False) as checkpoints:
             checkpoints.save(0, params, {"step": jnp.int32(0)})
             del params
             checkpoints.wait()
