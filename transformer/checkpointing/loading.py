@@ -23,11 +23,20 @@ def load_parameters(
     With `average`, the parameters are the mean of those of that many checkpoints, the last of them that of the step
     (Vaswani et al. 2017, arXiv:1706.03762, section 6.1). Raises ConfigError if there are not as many.
     """
+    model, params, chosen = load_adapter(run, mesh, step, best, average)
+    if run.config.adapter.kind != "none":
+        params = importlib.import_module("transformer.checkpointing.bases").complete(run, model, params, mesh)
+    return model, params, chosen
+
+
+def load_adapter(
+    run: Run, mesh: Mesh, step: int | None = None, best: bool = False, average: int = 1
+) -> tuple[Transformer, Tree, int]:
+    """Returns the same, but of an adapter's run no more than its checkpoints have: what is trained."""
     # An implementation of attention was named for the machine that trains, and for whole sequences.
     config = replace(run.config, model={"attention_implementation": "auto"})
     model = make_model(config, jax.default_backend())
-    # Of an adapter, checkpoints have what is trained.
-    specs, frozen = divide(parameter_specs(model), parameter_specs(model))
+    specs, _ = divide(parameter_specs(model), parameter_specs(model))
     abstract = map_specs(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding(mesh, spec.axes, spec.shape)), specs
     )
@@ -50,9 +59,16 @@ def load_parameters(
         params = checkpoints.restore(chosen, params=abstract)["params"]
         for number, at in enumerate(reversed(until[-average:-1]), start=2):
             params = _toward(params, checkpoints.restore(at, params=abstract)["params"], number)
-    if frozen:
-        params = importlib.import_module("transformer.checkpointing.bases").complete(run, model, params, mesh)
     return model, params, chosen
+
+
+def load_merged(run: Run, mesh: Mesh, *choice: Any) -> tuple[Transformer, Tree, int]:
+    """Returns the same for a model without adapters: what they add is in its matrices."""
+    model, params, step = load_parameters(run, mesh, *choice)
+    if run.config.adapter.kind == "none":
+        return model, params, step
+    merged = importlib.import_module("transformer.models.adapters").merged(model, params)
+    return Transformer(model.config), merged, step
 
 
 @functools.partial(jax.jit, donate_argnums=0)

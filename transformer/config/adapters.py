@@ -20,6 +20,9 @@ def problems_of_adapters(config: Config) -> Iterator[str]:
         yield f"{kind} needs adapter.base_run, the directory of the run that it is for"
     if not adapter.targets:
         yield f"{kind} needs adapter.targets, linear maps such as query and value, or *"
+    if config.parallel.stage != 1:
+        pipeline = "the gradient of a pipeline is that of all parameters; split adapters by the other axes"
+        yield f"parallel.stage = {config.parallel.stage} with {kind}: {pipeline}"
     if adapter.base != "none" and importlib.util.find_spec("qwix") is None:
         wanted = f"adapter.base = {adapter.base!r}"
         yield f"{wanted} needs the package qwix (pip install 'transformer[quantization]')"
