@@ -1,7 +1,7 @@
 """A LoRA adapter for the demo's model: one that has read Python alone learns to write these pages of documentation.
 
-    python train.py --config configs/stdlib.py --workdir runs/stdlib
-    python train.py --config configs/finetune_lora.py --workdir runs/lora
+python train.py --config configs/stdlib.py --workdir runs/stdlib
+python train.py --config configs/finetune_lora.py --workdir runs/lora
 """
 
 from configs import stdlib

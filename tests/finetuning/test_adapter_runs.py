@@ -21,14 +21,13 @@ pytest_plugins = ["running"]
 def test_an_adapter_is_kept_apart_from_its_base(
     make_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = {"evaluation": {"every_steps": 0, "sample_tokens": 0}, "checkpoint": {"every_steps": 0}, "parallel": {"fsdp": 1}}
-    config = make_run(train={"num_steps": 2}, parallel={"cpu_devices": 0}, **{k: v for k, v in short.items() if k != "parallel"})
-    config = replace(config, parallel={"fsdp": 8})
+    rare = {"evaluation": {"every_steps": 0, "sample_tokens": 0}, "checkpoint": {"every_steps": 0}}
+    config = make_run(train={"num_steps": 2}, **rare)
     base, workdir = tmp_path / "base", tmp_path / "adapter"
     assert run(config, base) == 0
     config = replace(config, adapter={"kind": "dora", "rank": 2, "base": "int4", "base_run": str(base)})
     assert run(config, workdir) == 0
-    assert "parameters are trained (" in capsys.readouterr().err or True
+    assert "parameters are trained (" in "".join(capsys.readouterr())
     # It goes on where it was, by the same command.
     config = replace(config, train={"num_steps": 4})
     assert run(config, workdir) == 0

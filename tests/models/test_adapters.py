@@ -29,11 +29,11 @@ NF4 = (
 
 
 def logits(model: Transformer, params: Tree, batch: Any) -> np.ndarray:
-    def run(params: Tree) -> Any:
+    def run(params: Tree, batch: Any) -> Any:
         outputs = apply(model, params, batch)
         return outputs.logits(outputs.hidden)[..., : model.config.vocab_size]
 
-    return np.asarray(jax.jit(run)(params))
+    return np.asarray(jax.jit(run)(params, batch))
 
 
 def with_base(config: Config, base: Tree, adapter: AdapterConfig) -> tuple[Transformer, Tree, Tree]:

@@ -51,12 +51,13 @@ class Base:
         _, params, step = load_parameters(self.run, mesh, self.step)
         found = fingerprint(params)
         if self.fingerprint not in ("", found):
-            problem = f"its checkpoint {step} has the fingerprint {found}, and the adapter's base had {self.fingerprint}"
+            problem = (
+                f"its checkpoint {step} has the fingerprint {found}, and the adapter's base had {self.fingerprint}"
+            )
             raise ConfigError(f"{self.run.workdir} is not the base of this adapter: {problem}")
         if problems := misfits(model, params):
             raise ConfigError([f"{self.run.workdir} is not a base for this adapter: {problem}" for problem in problems])
         return params, {"run": str(_absolute(self.run.workdir)), "step": step, "fingerprint": found}
-
 
     def under(self, state: Any, model: Transformer, mesh: Mesh, files: Path | None, begin: Any = None) -> Any:
         """Returns a training state with the base's parameters in it, and writes base.json to `files`.
@@ -136,9 +137,7 @@ def frozen(model: Transformer, base: Tree, mesh: Mesh) -> Tree:
 
 def _only(specs: Tree, tree: Tree) -> Tree:
     """Returns the declarations of what is in `tree`."""
-    return {
-        name: spec if is_spec(spec) else _only(spec, tree[name]) for name, spec in specs.items() if name in tree
-    }
+    return {name: spec if is_spec(spec) else _only(spec, tree[name]) for name, spec in specs.items() if name in tree}
 
 
 def misfits(model: Transformer, base: Tree) -> list[str]:

@@ -109,7 +109,10 @@ def import_adapter(folder: Path, workdir: Path, config: Config, mesh: Mesh) -> s
     _, known = base.parameters(model, mesh)
     specs, _ = divide(parameter_specs(model), parameter_specs(model))
     params = _tree(
-        {path: jax.device_put(arrays[path], sharding(mesh, spec.axes, spec.shape)) for path, spec in _flat(specs).items()}
+        {
+            path: jax.device_put(arrays[path], sharding(mesh, spec.axes, spec.shape))
+            for path, spec in _flat(specs).items()
+        }
     )
     write_run(workdir, whole, base.run, params, 0, {bases.BASE: known})
     return f"{workdir}: an adapter of rank {adapter.rank} for {adapter.base_run}"
@@ -119,7 +122,9 @@ def modules(family: Family, model: Any) -> dict[str, tuple[Tensor, dict[str, Any
     """Returns their linear maps by name, each with its tensor and the pieces of it by the paths of our maps."""
     found = {}
     for tensor in tensors_of(family, canonical(model)):
-        pieces = {piece.path.removesuffix("/kernel"): piece for piece in tensor.pieces if piece.path.endswith("/kernel")}
+        pieces = {
+            piece.path.removesuffix("/kernel"): piece for piece in tensor.pieces if piece.path.endswith("/kernel")
+        }
         if pieces and tensor.name.endswith(".weight") and all(len(piece.at) <= 1 for piece in tensor.pieces):
             found[tensor.name.removesuffix(".weight")] = tensor, pieces
     return found
@@ -135,7 +140,9 @@ def written(model: Transformer, trained: Tree, family: Family) -> tuple[dict[str
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in _flat(trained).items()}
     whole = [path for path in leaves if path.rpartition("/")[2] not in adapters.ADDED]
     if whole:
-        raise ConfigError(f"{', '.join(whole)}: trained as a whole, for which PEFT's format has no place here; merge the run")
+        raise ConfigError(
+            f"{', '.join(whole)}: trained as a whole, for which PEFT's format has no place here; merge the run"
+        )
     adapter = next(iter(ours.values())).adapter
     tensors: Flat = {}
     ranks: dict[str, int] = {}
@@ -210,7 +217,9 @@ def read(
         problems.append(f"{where}/{CONFIG}: peft_type = {shown(given.get('peft_type'))}, and what is read is 'LORA'")
     begun = given.get("init_lora_weights")
     if isinstance(begun, str) and begun.startswith(CHANGED):
-        problems.append(f"{where}/{CONFIG}: init_lora_weights = {begun!r} changes the base itself: merge it by PEFT first")
+        problems.append(
+            f"{where}/{CONFIG}: init_lora_weights = {begun!r} changes the base itself: merge it by PEFT first"
+        )
     if problems:
         raise ConfigError(problems)
     every, left = modules(family, model), dict(stored)
@@ -259,12 +268,16 @@ def read(
         for at, part in layers.items():
             own = part["lora_a"].shape[1]
             a[at][:, :own] = part["lora_a"]
-            b[at][:own] = part["lora_b"] * np.float32(part["scale"] / scale) if part["scale"] != scale else part["lora_b"]
+            b[at][:own] = (
+                part["lora_b"] * np.float32(part["scale"] / scale) if part["scale"] != scale else part["lora_b"]
+            )
         arrays |= {f"{path}/lora_a": a, f"{path}/lora_b": b}
         if is_dora:
             if len(layers) < math.prod(leading):
                 raise ConfigError(f"{where}: {path} has magnitudes in some of its layers only")
-            arrays[f"{path}/magnitude"] = np.stack([layers[at]["magnitude"] for at in sorted(layers)]).reshape(*leading, outputs)
+            arrays[f"{path}/magnitude"] = np.stack([layers[at]["magnitude"] for at in sorted(layers)]).reshape(
+                *leading, outputs
+            )
     adapter = AdapterConfig(
         kind="dora" if is_dora else "lora",
         rank=rank,

@@ -9,7 +9,7 @@ import fnmatch
 import importlib
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -183,7 +183,9 @@ def _targets(model: Transformer, adapter: AdapterConfig, maps: dict[Path, Linear
             problems += [f"{label} names {'/'.join(map(str, path))}: {what}" for path in sorted(paths)[:1]]
         if not found and not any(others.values()):
             names = sorted({str(path[-1]) for path in maps})
-            problems.append(f"{label} is no linear map of this model: there are {', '.join(names)}{nearest(pattern, names)}")
+            problems.append(
+                f"{label} is no linear map of this model: there are {', '.join(names)}{nearest(pattern, names)}"
+            )
         chosen |= found
     if problems:
         raise ConfigError(problems)
@@ -207,7 +209,10 @@ def share(model: Transformer) -> str:
     specs = jax.tree.leaves(parameter_specs(model), is_leaf=is_spec)
     trained = sum(spec.count for spec in specs if not spec.is_frozen)
     added = sum(
-        spec.count for linear in adapters(model).values() for name, spec in parameter_specs(linear).items() if name in ADDED[:3]
+        spec.count
+        for linear in adapters(model).values()
+        for name, spec in parameter_specs(linear).items()
+        if name in ADDED[:3]
     )
     total = num_parameters(Transformer(model.config)) + added
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
@@ -261,7 +266,9 @@ def in_few_bits(linear: AdaptedLinear, kernel: Array, layout: Callable[[Paramete
     adapter = linear.adapter
     specs = parameter_specs(linear)
     layouts = (layout(specs["codes"]), layout(specs["scales"]))
-    made = jax.jit(few_bits().quantize, static_argnums=(1, 2), out_shardings=layouts)(kernel, adapter.base, adapter.base_block)
+    made = jax.jit(few_bits().quantize, static_argnums=(1, 2), out_shardings=layouts)(
+        kernel, adapter.base, adapter.base_block
+    )
     return dict(zip(("codes", "scales"), made, strict=True))
 
 

@@ -40,7 +40,9 @@ def is_packed(inputs: int, kind: str) -> bool:
     return kind != "int8" and inputs % 2 == 0
 
 
-def quantize(kernel: Float[Array, "... I O"], kind: str, block: int) -> tuple[Num[Array, "... J O"], Float[Array, "... G O"]]:
+def quantize(
+    kernel: Float[Array, "... I O"], kind: str, block: int
+) -> tuple[Num[Array, "... J O"], Float[Array, "... G O"]]:
     """Returns codes and scales, layer by layer so that what it takes meanwhile is that of one."""
     if kernel.ndim > 2:
         return jax.lax.map(lambda layer: quantize(layer, kind, block), kernel)

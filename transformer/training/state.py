@@ -111,5 +111,8 @@ def abstract_state(
 
 def create_state(config: Config, model: Transformer, optimizer: Any, shardings: TrainState) -> TrainState:
     """Initialises the state where it will live: no array is ever whole on one device. What is frozen is left out."""
-    made = jax.jit(lambda: replace(initial_state(model, optimizer, config.seed), frozen={}), out_shardings=replace(shardings, frozen={}))
+    made = jax.jit(
+        lambda: replace(initial_state(model, optimizer, config.seed), frozen={}),
+        out_shardings=replace(shardings, frozen={}),
+    )
     return made()

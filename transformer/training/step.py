@@ -59,7 +59,9 @@ def make_train_step(
                 return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
             skipped = jnp.where(finite, 0, state.nonfinite_steps + 1)
-            state = TrainState(state.step + 1, keep(params, state.params), keep(new_opt_state, opt_state), skipped, state.frozen)
+            state = TrainState(
+                state.step + 1, keep(params, state.params), keep(new_opt_state, opt_state), skipped, state.frozen
+            )
         metrics |= {"gradient_norm": norm, "learning_rate": rate, "nonfinite_steps": skipped}
         return state, metrics
 
