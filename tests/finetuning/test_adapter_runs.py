@@ -15,8 +15,6 @@ from transformer.config import Config, ConfigError, replace
 from transformer.parallel.sharding import make_mesh
 from transformer.training.loop import run
 
-pytest_plugins = ["running"]
-
 
 def test_an_adapter_is_kept_apart_from_its_base(
     make_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]

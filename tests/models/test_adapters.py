@@ -11,8 +11,8 @@ import pytest
 
 from transformer.checkpointing import bases
 from transformer.config import AdapterConfig, Config, ConfigError, replace
-from transformer.models import few_bits
-from transformer.models.adapters import adapted, adapters, at, base_of, begun, merged, share, unmerged
+from transformer.models import few_bits, flops
+from transformer.models.adapters import adapted, adapters, at, base_of, begun, flops_per_token, merged, share, unmerged
 from transformer.models.parameters import Tree, divide, init_parameters, join, parameter_specs
 from transformer.models.transformer import Transformer, apply
 from transformer.optimizers import make_optimizer
@@ -188,3 +188,13 @@ def test_a_fingerprint_tells_bases_apart(tiny_config: Any) -> None:
         assert bases.fingerprint(changed) != found
     wider = adapted(Transformer(dataclasses.replace(config.model, feedforward_width=64)), AdapterConfig(kind="lora"))
     assert any("feedforward/up/kernel is (2, 32, 128)" in problem for problem in bases.misfits(wider, base))
+
+
+def test_flops_are_those_of_what_is_computed(tiny_config: Any) -> None:
+    """Of each map the product and the gradient of its input; of the adapter all three."""
+    config = tiny_config()
+    model, length = adapted(Transformer(config.model), AdapterConfig(kind="lora", rank=3)), config.data.sequence_length
+    found = flops.training_flops_per_token(config.model, length) + flops_per_token(model, length)
+    matrices = 2 * 12 * 32**2 + 32 * 203
+    scores = 2 * 2 * 2 * length * 32
+    assert found == 4 * matrices + 3 * scores + 6 * 2 * 3 * (4 * 64 + 2 * 160)

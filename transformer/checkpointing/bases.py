@@ -121,8 +121,8 @@ def frozen(model: Transformer, base: Tree, mesh: Mesh) -> Tree:
     """
     specs = divide(parameter_specs(model), parameter_specs(model))[1]
 
-    def made(spec: ParameterSpec, function: Any, *arrays: Array) -> Any:
-        return jax.jit(function, out_shardings=sharding(mesh, spec.axes, spec.shape))(*arrays)
+    def made(spec: ParameterSpec, function: Any, *given: Any) -> Any:
+        return jax.jit(function, out_shardings=sharding(mesh, spec.axes, spec.shape))(*given)
 
     for path, linear in adapters.linear_maps(model, adapters.AdaptedLinear).items():
         own, place = adapters.at(specs, path), adapters.at(base, path)
@@ -135,7 +135,7 @@ def frozen(model: Transformer, base: Tree, mesh: Mesh) -> Tree:
     return divide(base, _only(parameter_specs(model), base))[1]
 
 
-def _only(specs: Tree, tree: Tree) -> Tree:
+def _only(specs: dict[Any, Any], tree: dict[Any, Any]) -> dict[Any, Any]:
     """Returns the declarations of what is in `tree`."""
     return {name: spec if is_spec(spec) else _only(spec, tree[name]) for name, spec in specs.items() if name in tree}
 

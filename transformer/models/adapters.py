@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from transformer.config import AdapterConfig, ConfigError, nearest
+from transformer.models import flops
 from transformer.models.blocks import Stack, fold_in
 from transformer.models.latent_attention import LatentAttention
 from transformer.models.layers import Linear, dropout
@@ -216,6 +217,20 @@ def share(model: Transformer) -> str:
     )
     total = num_parameters(Transformer(model.config)) + added
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
+def flops_per_token(model: Transformer, length: int, source_length: int = 0) -> float:
+    """Returns what adapters add to `flops.training_flops_per_token`, which may be below zero: their own products, less the
+    gradients of the matrices that are frozen. DoRA's norms, once a step and not once a token, are left out."""
+    parts = flops.forward_flops(model.config, length, source_length)
+    maps = sum(cost for name, cost in parts.items() if "_scores" not in name and name != "recurrence")
+    reads = model.config.architecture == "encoder_decoder"
+    added = 0
+    for path, linear in adapters(model).items():
+        of_source = reads and (path[0] == "encoder" or path[-2:] in (("cross", "key"), ("cross", "value")))
+        pair = [spec.count for name, spec in parameter_specs(linear).items() if name in ("lora_a", "lora_b")]
+        added += 6 * sum(pair) * (source_length if of_source else length)
+    return (added - maps) / length
 
 
 def merged(model: Transformer, params: Tree) -> Tree:

@@ -127,10 +127,10 @@ def abstract_parameters(module: nnx.Module) -> Tree:
     return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), parameter_specs(module))
 
 
-def divide(tree: Tree, specs: Tree) -> tuple[Tree, Tree]:
+def divide(tree: dict[Any, Any], specs: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Returns what of a tree is trained, and what is frozen; `join` makes them one again."""
-    trained: Tree = {}
-    frozen: Tree = {}
+    trained: dict[Any, Any] = {}
+    frozen: dict[Any, Any] = {}
     for name, spec in specs.items():
         if is_spec(spec):
             (frozen if spec.is_frozen else trained)[name] = tree[name]
@@ -140,7 +140,7 @@ def divide(tree: Tree, specs: Tree) -> tuple[Tree, Tree]:
     return trained, frozen
 
 
-def join(trained: Tree, frozen: Tree) -> Tree:
+def join(trained: dict[Any, Any], frozen: dict[Any, Any]) -> dict[Any, Any]:
     """Returns the one tree that `divide` has made two of."""
     both = {name: join(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
     return trained | frozen | both

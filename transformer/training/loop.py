@@ -123,6 +123,10 @@ class Loop:
         self.flops_per_token = flops.training_flops_per_token(
             config.model, config.data.sequence_length, source_length=source_length(config)
         )
+        if config.adapter.kind != "none":
+            adapters = importlib.import_module("transformer.models.adapters")
+            length, source = config.data.sequence_length, source_length(config)
+            self.flops_per_token += adapters.flops_per_token(model, length, source)
         self.peak_flops = flops.peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
 
     def train(self, state: TrainState, train_step: Any, shardings: TrainState) -> int:
