@@ -28,6 +28,8 @@ from transformer.config import (
     source_length,
     type_of,
 )
+from transformer.finetuning import command as finetuning
+from transformer.finetuning.command import MergeOptions, UnmergeOptions
 from transformer.huggingface import command as huggingface
 from transformer.huggingface.command import CompareOptions, ExportOptions, ImportOptions
 from transformer.inference import command
@@ -234,6 +236,14 @@ def export(options: ExportOptions) -> int:
     return huggingface.export(options, *_open(options.workdir, options.config))
 
 
+def merge(options: MergeOptions) -> int:
+    return finetuning.merge(options, *_open(options.workdir, options.config))
+
+
+def unmerge(options: UnmergeOptions) -> int:
+    return finetuning.unmerge(options, *_open(options.workdir, options.config))
+
+
 def compare(options: CompareOptions) -> int:
     return huggingface.compare(options, *_open(options.workdir, options.config))
 
@@ -424,6 +434,8 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "embed": (EmbedOptions, "turn texts into vectors, for search and comparison"),
     "import": (ImportOptions, "make a run of a published model, of a folder or of the hub"),
     "export": (ExportOptions, "write a run as transformers reads it"),
+    "merge": (MergeOptions, "make a run of an adapter and its base together"),
+    "unmerge": (UnmergeOptions, "take an adapter out of such a run again"),
     "compare": (CompareOptions, "compare the model of a run with another's, array by array"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "benchmark": (BenchmarkOptions, f"what machine and configuration can do: {', '.join(BENCHMARKS)}"),

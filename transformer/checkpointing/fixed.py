@@ -17,6 +17,7 @@ FIXED = (
     *("data.sequence_length", "data.source_length", "data.window_length"),
     *("data.shuffle", "data.shift_windows", "data.weights"),
     *(key for key in keys() if key.startswith("objective.") and key not in MAY_CHANGE),
+    *(key for key in keys() if key.startswith("adapter.") and key not in ("adapter.base_run", "adapter.dropout")),
     *("optimizer.name", "optimizer.momentum", "optimizer.ema_decay", "optimizer.frozen"),
     *("train.batch_size", "train.batch_warmup_steps", "seed"),
 )

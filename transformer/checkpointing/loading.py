@@ -1,15 +1,16 @@
 """The parameters of a run, for whatever uses them and trains no more."""
 
 import functools
+import importlib
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, Run, for_platform
+from transformer.checkpointing.run import CHECKPOINTS, Run, make_model
 from transformer.config import ConfigError, replace
-from transformer.models.parameters import Tree, map_specs, parameter_specs
+from transformer.models.parameters import Tree, divide, map_specs, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.parallel.sharding import sharding
 
@@ -22,12 +23,22 @@ def load_parameters(
     With `average`, the parameters are the mean of those of that many checkpoints, the last of them that of the step
     (Vaswani et al. 2017, arXiv:1706.03762, section 6.1). Raises ConfigError if there are not as many.
     """
+    model, params, chosen = load_adapter(run, mesh, step, best, average)
+    if run.config.adapter.kind != "none":
+        params = importlib.import_module("transformer.checkpointing.bases").complete(run, model, params, mesh)
+    return model, params, chosen
+
+
+def load_adapter(
+    run: Run, mesh: Mesh, step: int | None = None, best: bool = False, average: int = 1
+) -> tuple[Transformer, Tree, int]:
+    """Returns the same, but of an adapter's run no more than its checkpoints have: what is trained."""
     # An implementation of attention was named for the machine that trains, and for whole sequences.
     config = replace(run.config, model={"attention_implementation": "auto"})
-    model = Transformer(for_platform(config.model, jax.default_backend()))
+    model = make_model(config, jax.default_backend())
+    specs, _ = divide(parameter_specs(model), parameter_specs(model))
     abstract = map_specs(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=sharding(mesh, spec.axes, spec.shape)),
-        parameter_specs(model),
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding(mesh, spec.axes, spec.shape)), specs
     )
     *others, chosen = choose(run, step, best, average)
     with Checkpoints(run.workdir / CHECKPOINTS) as checkpoints:
@@ -57,6 +68,15 @@ def choose(run: Run, step: int | None = None, best: bool = False, average: int =
         advice = "checkpoint.keep_latest says how many a run keeps"
         raise ConfigError(f"{average} checkpoints cannot be averaged: {run.workdir} has {count}; {advice}")
     return until[-average:]
+
+
+def load_merged(run: Run, mesh: Mesh, *choice: Any) -> tuple[Transformer, Tree, int]:
+    """Returns the same for a model without adapters: what they add is in its matrices."""
+    model, params, step = load_parameters(run, mesh, *choice)
+    if run.config.adapter.kind == "none":
+        return model, params, step
+    merged = importlib.import_module("transformer.models.adapters").merged(model, params)
+    return Transformer(model.config), merged, step
 
 
 @functools.partial(jax.jit, donate_argnums=0)

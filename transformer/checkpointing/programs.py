@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from transformer.config import Config, to_json, write_atomically
 from transformer.parallel.agreement import code_hash
 
-SECTIONS = ("model", "objective", "optimizer", "train", "parallel", "seed")
+SECTIONS = ("model", "objective", "adapter", "optimizer", "train", "parallel", "seed")
 """What of the configuration a step depends on, besides the shapes of its arguments."""
 SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
 LENGTHS = ("sequence_length", "source_length", "window_length")

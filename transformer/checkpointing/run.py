@@ -21,6 +21,7 @@ from transformer.config import (
 )
 from transformer.data.prepared import Prepared
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
+from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of
 
 CONFIG, CORPUS, TOKENIZER, CHECKPOINTS = "config.json", "corpus.json", "tokenizer", "checkpoints"
@@ -112,6 +113,14 @@ def resolve(config: Config, vocab_size: int, num_labels: int = 0) -> Config:
     num_positions = model.num_positions or max(config.data.sequence_length, source_length(config))
     found = {"vocab_size": model.vocab_size or vocab_size, "num_labels": model.num_labels or num_labels}
     return replace(config, model=found | {"num_positions": num_positions})
+
+
+def make_model(config: Config, platform: str) -> Transformer:
+    """Returns the model of a resolved configuration, with the adapters that it asks for."""
+    model = Transformer(for_platform(config.model, platform))
+    if config.adapter.kind == "none":
+        return model
+    return importlib.import_module("transformer.models.adapters").adapted(model, config.adapter)
 
 
 def for_platform(model: ModelConfig, platform: str) -> ModelConfig:

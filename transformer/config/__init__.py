@@ -5,6 +5,7 @@ overrides single keys (`transformer/arguments.py`); `validate` reports every mis
 imports neither JAX nor any other heavy package, so that `--help` answers quickly.
 """
 
+from transformer.config.adapter import AdapterConfig
 from transformer.config.init_from import InitFromConfig
 from transformer.config.model import (
     RECURRENT,

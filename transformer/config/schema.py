@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformer.config.adapter import AdapterConfig
 from transformer.config.init_from import InitFromConfig
 from transformer.config.model import ModelConfig
 
@@ -350,6 +351,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

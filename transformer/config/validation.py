@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import get_args
 
+from transformer.config.adapter import AdapterConfig
 from transformer.config.init_from import InitFromConfig
 from transformer.config.model import RECURRENT, FeedForwardKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
@@ -35,7 +36,7 @@ _NOT_NEGATIVE = (
     "model.router_z_loss objective.logit_chunk init_from.step"
 ).split()
 _SHARES = (
-    "data.validation_documents data.validation_tail model.dropout optimizer.final_ratio optimizer.decay_share "
+    "data.validation_documents data.validation_tail model.dropout adapter.dropout optimizer.final_ratio optimizer.decay_share "
     "optimizer.beta1 optimizer.beta2 optimizer.momentum optimizer.ema_decay optimizer.muon_momentum "
     "objective.label_smoothing objective.mask_rate objective.middle_rate objective.suffix_first_rate model.rotary_share"
 ).split()
@@ -250,6 +251,8 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _optimizer_problems(config)
     if config.init_from != InitFromConfig():
         yield from importlib.import_module("transformer.config.starts").start_problems(config)
+    if config.adapter != AdapterConfig():
+        yield from importlib.import_module("transformer.config.adapters").problems_of_adapters(config)
     if parallel.stage != 1 or parallel.rounds != 1:
         yield from importlib.import_module("transformer.config.pipelines").problems_of_stages(config)
     if train.batch_warmup_steps > max(0, train.num_steps):

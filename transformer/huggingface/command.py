@@ -42,8 +42,8 @@ class ExportOptions:
     """The folder to make; may be given as a word by itself."""
     workdir: Workdir = ""
     """The run directory."""
-    format: Literal["huggingface"] = "huggingface"
-    """Layout of the folder."""
+    format: Literal["huggingface", "peft"] = "huggingface"
+    """Layout of the folder; `peft` is of an adapter alone, for the base in the other layout."""
     family: str = ""
     """model_type to write; empty: the first that says exactly what the model is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -94,6 +94,13 @@ def import_(options: ImportOptions) -> int:
 
     importing.one_process()
     begin = time.perf_counter()
+    if (Path(options.path).expanduser() / "adapter_config.json").is_file():
+        from transformer.huggingface import peft
+
+        mesh = make_mesh(options.config)
+        with jax.set_mesh(mesh), use_rules(options.config):
+            print(peft.import_adapter(Path(options.path).expanduser(), workdir, options.config, mesh))
+        return 0
     folder = importing.folder_of(options.path)
     reading.model_of(folder)  # what is wrong with it is told before anything of the mesh
     mesh = make_mesh(options.config)
@@ -109,7 +116,7 @@ def import_(options: ImportOptions) -> int:
 def export(options: ExportOptions, run: Any, config: Config, mesh: Any) -> int:
     import jax
 
-    from transformer.checkpointing.loading import load_parameters
+    from transformer.checkpointing.loading import load_merged
     from transformer.huggingface import exporting, importing, published
     from transformer.huggingface.header import read_json
     from transformer.parallel.sharding import use_rules
@@ -119,12 +126,18 @@ def export(options: ExportOptions, run: Any, config: Config, mesh: Any) -> int:
     if not 0 < options.shard_size < 1e6:
         raise ConfigError(f"--shard-size = {options.shard_size}: must be more than 0, in gigabytes")
     importing.one_process()
+    if options.format == "peft":
+        from transformer.huggingface import peft
+
+        with jax.set_mesh(mesh), use_rules(config):
+            print(peft.export_adapter(run, mesh, Path(options.out).expanduser(), options.family, *_choice(options)))
+        return 0
     origin = run.workdir / "tokenizer" / published.PUBLISHED / "config.json"
     preferred = read_json(origin).get("model_type", "") if isinstance(origin, Path) and origin.is_file() else ""
     family = exporting.family_for(run.config.model, options.family, preferred)
     target = Path(options.out).expanduser()
     with jax.set_mesh(mesh), use_rules(config):
-        _, params, step = load_parameters(run, mesh, options.step, options.best, options.average)
+        _, params, step = load_merged(run, mesh, *_choice(options))
         size = int(options.shard_size * 1e9)
         notes = exporting.export_model(run, run.config.model, params, step, target, family, options.dtype, size)
     print(f"{options.out}: {family.architecture} of step {step}, read again and compared")
@@ -133,12 +146,16 @@ def export(options: ExportOptions, run: Any, config: Config, mesh: Any) -> int:
     return 0
 
 
+def _choice(options: ExportOptions) -> tuple[int | None, bool, int]:
+    return options.step, options.best, options.average
+
+
 def compare(options: CompareOptions, run: Any, config: Config, mesh: Any) -> int:
     import dataclasses
 
     import jax
 
-    from transformer.checkpointing.loading import load_parameters
+    from transformer.checkpointing.loading import load_merged
     from transformer.checkpointing.run import CORPUS, load_run
     from transformer.huggingface import comparing, importing, reading
     from transformer.parallel.sharding import use_rules
@@ -151,10 +168,10 @@ def compare(options: CompareOptions, run: Any, config: Config, mesh: Any) -> int
         other = place(options.path)
         if (other / CORPUS).is_file():
             second = load_run(other)
-            model, params = second.config.model, load_parameters(second, mesh)[1]
+            model, params = second.config.model, load_merged(second, mesh)[1]
         else:
             model, params = reading.read(importing.folder_of(options.path).path, mesh)
-        own = run.config.model, load_parameters(run, mesh)[1]
+        own = run.config.model, load_merged(run, mesh)[1]
         found = comparing.compare_models(own, (model, params))
     is_equal = found.is_equal(options.tolerance)
     if options.as_json:

@@ -73,10 +73,11 @@ def write_tensors(
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     arrays: Iterable[tuple[str, np.ndarray]],
     dtype: DType = "float32",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file with tensors of these names and shapes, which `arrays` gives one after another."""
     label, kind = TYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     offset = 0
     for name, shape in shapes:
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize

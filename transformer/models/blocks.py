@@ -166,6 +166,8 @@ class Stack(nnx.Module):
         self.first = stacked(first[: len(first) // self.num_first], self.num_first) if first else None
         self.final_norm = None if config.norm_placement == "post" else Norm(config)
         self.bias = make_bias(config, causal)
+        self.with_key: Callable[[Any, PRNGKeyArray | None], Any] = lambda layer, key: layer
+        """Gives a layer, once it has its parameters, a key for what draws inside its linear maps."""
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None, key: PRNGKeyArray | None
@@ -197,7 +199,8 @@ class Stack(nnx.Module):
         depth = len(jax.tree.leaves(stacked)[0])
 
         def run(parameters: Tree, x: Any, context: Context, cache: Any, layer: Any, key: Any) -> Any:
-            return bind(module, parameters)(x, context, cache, layer, fold_in(key, layer))
+            own = fold_in(key, layer)
+            return self.with_key(bind(module, parameters), own)(x, context, cache, layer, own)
 
         run = rematerialized(config, run, prevent_cse=not config.scan_layers)
         if config.scan_layers:
@@ -242,17 +245,16 @@ def fold_in(key: PRNGKeyArray | None, number: Any) -> PRNGKeyArray | None:
     return None if key is None else jax.random.fold_in(key, number)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack(tree: Tree, num_layers: int) -> list[Tree]:
-    """Splits stacked parameters [L, ...] into one tree a layer.
-
-    The gradient is one concatenation; differentiating L slices would instead add up L arrays of full size.
-    """
-    return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], tree) for layer in range(num_layers)]
+    """Splits stacked parameters [L, ...] into one tree a layer."""
+    leaves, form = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(form, layer) for layer in zip(*(_unstack(x, num_layers) for x in leaves), strict=True)]
 
 
-def _unstack_backward(num_layers: int, _: None, gradients: list[Tree]) -> tuple[Tree]:
-    return (jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients),)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _unstack(x: Array, num_layers: int) -> list[Array]:
+    """The gradient is one concatenation; differentiating L slices would instead add up L arrays of full size."""
+    return [x[layer] for layer in range(num_layers)]
 
 
-unstack.defvjp(lambda tree, num_layers: (unstack(tree, num_layers), None), _unstack_backward)
+_unstack.defvjp(lambda x, num_layers: (_unstack(x, num_layers), None), lambda num_layers, _, parts: (jnp.stack(parts),))

@@ -41,13 +41,16 @@ class Linear(nnx.Module):
         self.product = config.matrix_products if role == "matrix" else "compute_dtype"
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        rows, kernel = as_rows(x), self.kernel[...].astype(x.dtype)
-        if self.product == "compute_dtype":
-            y = rows @ kernel
-        else:  # loaded only by models that ask for it
-            y = importlib.import_module("transformer.models.eight_bits").eight_bit_product(rows, kernel, self.product)
-        y = y.reshape(*x.shape[:-1], -1)
+        y = self.map(as_rows(x)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def map(self, rows: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Returns the product with the matrix."""
+        kernel = self.kernel[...].astype(rows.dtype)
+        if self.product == "compute_dtype":
+            return rows @ kernel
+        # Loaded only by models that ask for it.
+        return importlib.import_module("transformer.models.eight_bits").eight_bit_product(rows, kernel, self.product)
 
 
 def as_rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -39,7 +39,7 @@ def normal(scale: float) -> Initializer:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One array of parameters, kept in float32."""
+    """One array of parameters."""
 
     shape: tuple[int, ...]
     """Shape in memory."""
@@ -52,6 +52,9 @@ class ParameterSpec:
     """Rows at the end of the first dimension that exist only so that it splits: zero, never counted."""
     num_layers: int | None = None
     """Length of the leading dimension if the parameters of several equal layers are stacked."""
+    dtype: str = "float32"
+    is_frozen: bool = False
+    """Whether it keeps the value that it was loaded with: no gradient, no moments."""
 
     def stacked(self, num_layers: int) -> "ParameterSpec":
         shape, axes = (num_layers, *self.shape), ("layers", *self.axes)
@@ -106,7 +109,7 @@ def stack(module: ModuleT, num_layers: int) -> ModuleT:
 
 
 def init_parameters(module: nnx.Module, key: jax.Array) -> Tree:
-    """Returns initial values in float32.
+    """Returns initial values.
 
     The key of each array is derived from its path alone, so that adding or removing one parameter
     leaves the values of the others as they were.
@@ -121,7 +124,26 @@ def init_parameters(module: nnx.Module, key: jax.Array) -> Tree:
 
 def abstract_parameters(module: nnx.Module) -> Tree:
     """Returns shapes and types, without values."""
-    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), parameter_specs(module))
+    return map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), parameter_specs(module))
+
+
+def divide(tree: dict[Any, Any], specs: dict[Any, Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Returns what of a tree is trained, and what is frozen; `join` makes them one again."""
+    trained: dict[Any, Any] = {}
+    frozen: dict[Any, Any] = {}
+    for name, spec in specs.items():
+        if is_spec(spec):
+            (frozen if spec.is_frozen else trained)[name] = tree[name]
+            continue
+        for part, half in zip((trained, frozen), divide(tree[name], spec), strict=True):
+            part |= {name: half} if half else {}
+    return trained, frozen
+
+
+def join(trained: dict[Any, Any], frozen: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns the one tree that `divide` has made two of."""
+    both = {name: join(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
+    return trained | frozen | both
 
 
 def num_parameters(module: nnx.Module) -> int:

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from transformer.config import Config, replace
-from transformer.models.parameters import Tree, is_spec, map_specs
+from transformer.models.parameters import Tree, divide, is_spec, map_specs
 
 Rule = Callable[[Config, Tree], optax.GradientTransformationExtraArgs]
 
@@ -30,6 +30,7 @@ def make_optimizer(config: Config, specs: Tree) -> optax.GradientTransformationE
     Parameters of role `balance` are apart from all this: against the sign of their gradient, they take steps of
     `model.balance_bias_rate` (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), and the norm leaves them out.
     """
+    specs = divide(specs, specs)[0]  # what is frozen has no state
     if frozen := config.optimizer.frozen:
         trained = make_optimizer(replace(config, optimizer={"frozen": ()}), trained_part(config, specs))
         return importlib.import_module("transformer.optimizers.frozen").freeze(trained, frozen, specs)

@@ -39,6 +39,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "head_width": (),
     "latent": (),
+    "rank": (),
     "experts": ("expert",),
     "router": (),
     "taps": (),

@@ -14,11 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS, CONFIG, Place, for_platform, open_run, resolve
+from transformer.checkpointing.run import CHECKPOINTS, CONFIG, Place, make_model, open_run, resolve
 from transformer.config import Config, source_length, validate
 from transformer.data.batches import train_batches
 from transformer.data.prepared import Prepared, prepare_apart
-from transformer.models.parameters import Tree, num_parameters, parameter_specs
+from transformer.models.parameters import Tree, join, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
 from transformer.optimizers import is_averaged, make_optimizer, replace_average
@@ -54,11 +54,14 @@ def run(config: Config, workdir: PurePath) -> int:
         prepared = with_examples(prepared, objective_of(config), config)
 
         # Model and optimizer, and where each array of their state lives.
-        model = Transformer(for_platform(config.model, jax.default_backend()))
+        model = make_model(config, jax.default_backend())
         optimizer = make_optimizer(config, parameter_specs(model))
         shardings = state_shardings(model, optimizer, mesh, config.parallel)
         if start is not None:
             config = start.check(config, prepared, model)
+        base = None
+        if config.adapter.kind != "none":
+            base = importlib.import_module("transformer.checkpointing.bases").begin(config, prepared.tokenizer, workdir)
 
         guard.agree(fingerprint_of_the_data=prepared.fingerprint, beginning=str(start and start.lines))
         # Loaded by name: a reader of one run needs no other places than a local directory.
@@ -69,10 +72,13 @@ def run(config: Config, workdir: PurePath) -> int:
 
             with jax.set_mesh(mesh), Checkpoints(place.workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
                 state = begin(config, model, optimizer, shardings, checkpoints, start)
-
+                is_new = checkpoints.latest_step() is None
+                if base is not None:
+                    moments = jax.jit(optimizer.init, out_shardings=shardings.opt_state) if is_new else None
+                    state = base.under(state, model, mesh, place.files if is_writer else None, moments)
                 if objective_of(config).HAS_REFERENCE:
                     reference = importlib.import_module("transformer.training.reference")
-                    begun = state.params if checkpoints.latest_step() is None else None
+                    begun = join(state.params, state.frozen) if is_new else None
                     prepared = reference.referenced(config, prepared, place.files, model, mesh, begun, is_writer)
 
                 # Steps, and between them validations, samples and checkpoints.
@@ -138,6 +144,10 @@ class Loop:
         self.flops_per_token = flops.training_flops_per_token(
             config.model, config.data.sequence_length, source_length=source_length(config)
         )
+        if config.adapter.kind != "none":
+            adapters = importlib.import_module("transformer.models.adapters")
+            length, source = config.data.sequence_length, source_length(config)
+            self.flops_per_token += adapters.flops_per_token(model, length, source)
         self.peak_flops = flops.peak_flops(mesh.devices.flat[0].device_kind, mesh.size)
 
     def train(self, state: TrainState, train_step: Any, shardings: TrainState) -> int:
@@ -204,9 +214,12 @@ class Loop:
         memory: Any = compiled.memory_analysis()
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         tokens = self.config.train.batch_size * self.config.data.sequence_length
+        told = f"{num_parameters(self.model):,} parameters"
+        if state.frozen:
+            told = importlib.import_module("transformer.models.adapters").share(self.model)
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         self.report.message(
-            f"{num_parameters(self.model):,} parameters; mesh {shape or 'of one device'}; "
+            f"{told}; mesh {shape or 'of one device'}; "
             f"{'compiled' if self.num_traces else 'loaded'} in {seconds:.1f} s; per device {arguments / 2**20:,.0f} MiB of "
             f"arguments, {temporary / 2**20:,.0f} MiB of temporaries; {self.flops_per_token * tokens:.3g} FLOPs a step"
         )
@@ -277,7 +290,7 @@ class Loop:
 
     def _validate(self, step: int, state: TrainState) -> tuple[float | None, int]:
         """Returns the validation loss and 0, or None and the exit status of a signal that came meanwhile."""
-        params = state.evaluated()
+        params = join(state.evaluated(), state.frozen)
         self.guard.beat(step, "validating", compiles=True)
         result = self.evaluator(params, lambda: self.guard.beat(step, "validating") or self.vote.read(self.vote.cast()))
         if "interrupted_by" in result:

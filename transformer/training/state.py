@@ -1,7 +1,7 @@
 """The training state: what a checkpoint holds, where each array of it lives, and how it begins."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from transformer.models.parameters import (
     ParameterSpec,
     Tree,
     abstract_parameters,
+    divide,
     init_parameters,
     is_spec,
     map_specs,
@@ -39,6 +40,8 @@ class TrainState:
     opt_state: Any
     nonfinite_steps: Any
     """Steps skipped in a row up to now because their gradient was not finite: an int32 scalar."""
+    frozen: Tree = field(default_factory=dict)
+    """Parameters that are not trained, which checkpoints leave out: they are loaded from where they came from."""
 
     def evaluated(self) -> Tree:
         """Returns the parameters that are validated, sampled from and stored for every use but resuming: the average
@@ -46,13 +49,13 @@ class TrainState:
         return evaluated(self.params, self.opt_state)
 
 
-jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "nonfinite_steps"], [])
+jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "nonfinite_steps", "frozen"], [])
 
 
 def initial_state(model: Transformer, optimizer: optax.GradientTransformationExtraArgs, seed: int) -> TrainState:
     """Returns the state before the first step: a pure function of the seed."""
-    params = init_parameters(model, jax.random.key(seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    params, frozen = divide(init_parameters(model, jax.random.key(seed)), parameter_specs(model))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32), frozen)
 
 
 def state_shardings(
@@ -74,9 +77,9 @@ def state_shardings(
             return found
         return importlib.import_module("transformer.parallel.moments").place(parallel, found, leaf.shape)
 
-    opt_state = jax.eval_shape(optimizer.init, abstract_parameters(model))
-    params = map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape), specs)
-    return TrainState(whole, params, jax.tree_util.tree_map_with_path(layout, opt_state), whole)
+    opt_state = jax.eval_shape(optimizer.init, divide(abstract_parameters(model), specs)[0])
+    params, frozen = divide(map_specs(lambda spec: sharding(mesh, spec.axes, spec.shape), specs), specs)
+    return TrainState(whole, params, jax.tree_util.tree_map_with_path(layout, opt_state), whole, frozen)
 
 
 def _names(path: Any) -> tuple[Any, ...]:
@@ -107,5 +110,9 @@ def abstract_state(
 
 
 def create_state(config: Config, model: Transformer, optimizer: Any, shardings: TrainState) -> TrainState:
-    """Initialises the state where it will live: no array is ever whole on one device."""
-    return jax.jit(lambda: initial_state(model, optimizer, config.seed), out_shardings=shardings)()
+    """Initialises the state where it will live: no array is ever whole on one device. What is frozen is left out."""
+    made = jax.jit(
+        lambda: replace(initial_state(model, optimizer, config.seed), frozen={}),
+        out_shardings=replace(shardings, frozen={}),
+    )
+    return made()

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from transformer.config import Config, microbatch_starts
-from transformer.models.parameters import Tree, parameter_specs
+from transformer.models.parameters import Tree, divide, join, parameter_specs
 from transformer.models.transformer import Transformer, apply
 from transformer.objectives import Terms, normalize, objective_of
 from transformer.optimizers import gradient_norm, make_schedule, put_back, trained_part
@@ -31,22 +31,27 @@ def make_train_step(
     shardings: TrainState | None = None,
 ) -> TrainStep:
     """Returns the step for `config`; `shardings` pin the gradients to the layout of their parameters."""
-    schedule, specs, starts = make_schedule(config), parameter_specs(model), microbatch_starts(config)
-    trained = functools.partial(trained_part, config)
+    schedule, starts, trained = (
+        make_schedule(config),
+        microbatch_starts(config),
+        functools.partial(trained_part, config),
+    )
+    specs, _ = divide(parameter_specs(model), parameter_specs(model))
     layout = None if shardings is None else shardings.params
     if config.parallel.shard_optimizer and shardings is not None:
         layout = importlib.import_module("transformer.parallel.moments").split_all(layout, specs)
     gradient = make_gradient(config, model, layout)
+    draws = config.model.dropout or config.adapter.dropout
     near = None
     if config.parallel.offload_optimizer:
         assert shardings is not None, "they tell where the moments are brought from"
         near = jax.tree.map(lambda layout: layout.with_memory_kind("device"), shardings.opt_state)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if config.model.dropout else None
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if draws else None
         # While the batch grows, the number of its microbatches is known to the device alone.
         parts = jnp.sum(state.step >= jnp.asarray(starts)) if starts[-1] else len(starts)
-        gradients, metrics = gradient(state.params, batch, key, parts)
+        gradients, metrics = gradient(state.params, batch, key, parts, state.frozen)
         with jax.named_scope("optimizer"):
             norm = gradient_norm(gradients, trained(specs))
             rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -59,7 +64,9 @@ def make_train_step(
                 return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
             skipped = jnp.where(finite, 0, state.nonfinite_steps + 1)
-            state = TrainState(state.step + 1, keep(params, state.params), keep(new_opt_state, opt_state), skipped)
+            state = TrainState(
+                state.step + 1, keep(params, state.params), keep(new_opt_state, opt_state), skipped, state.frozen
+            )
         metrics |= {"gradient_norm": norm, "learning_rate": rate, "nonfinite_steps": skipped}
         return state, metrics
 
@@ -80,8 +87,8 @@ def make_terms(config: Config, model: Transformer) -> Callable[..., Terms]:
 
 
 def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Callable[..., tuple[Tree, Metrics]]:
-    """Returns the function from (params, batch, dropout key, microbatches) to the batch's gradient, that of what is trained,
-    and metrics.
+    """Returns the function from (params, batch, dropout key, microbatches, frozen parameters) to the batch's gradient, that of
+    what is trained, and metrics.
 
     The batch may be split into microbatches whose gradients are summed. Each term of the loss is divided by its
     weight in the whole batch, so that the sum is the gradient of the whole however unevenly the weights fall. All parts
@@ -92,23 +99,27 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
     terms_of, trained = make_terms(config, model), functools.partial(trained_part, config)
     parts = config.train.num_microbatches
 
-    def part_loss(moved: Tree, params: Tree, batch: Batch, key: Array | None, weights: Any) -> tuple[Array, Any]:
-        terms = terms_of(put_back(moved, params), batch, key)
+    def part_loss(
+        moved: Tree, rest: tuple[Tree, Tree], batch: Batch, key: Array | None, weights: Any
+    ) -> tuple[Array, Any]:
+        terms = terms_of(join(put_back(moved, rest[0]), rest[1]), batch, key)
         loss, means = normalize(terms.losses | terms.auxiliary, weights)
         return loss, (means, terms.statistics)
 
     def pin(gradients: Tree) -> Tree:
         return gradients if layout is None else jax.lax.with_sharding_constraint(gradients, trained(layout))
 
-    def gradient(params: Tree, batch: Batch, key: Array | None, used: Any = parts) -> tuple[Tree, Metrics]:
-        moved = trained(params)
+    def gradient(
+        params: Tree, batch: Batch, key: Array | None, used: Any = parts, frozen: Tree | None = None
+    ) -> tuple[Tree, Metrics]:
+        moved, rest = trained(params), (params, frozen or {})
         differentiate = jax.value_and_grad(part_loss, has_aux=True)
         if parts == 1:
-            (loss, (means, statistics)), gradients = differentiate(moved, params, batch, key, None)
+            (loss, (means, statistics)), gradients = differentiate(moved, rest, batch, key, None)
             gradients = pin(gradients)
         else:
             # Only the weights are used, so the compiler drops the forward pass that this seems to cost.
-            whole = terms_of(params, batch)
+            whole = terms_of(join(*rest), batch)
             weights = {name: weight for name, (_, weight) in (whole.losses | whole.auxiliary).items()}
             # Part m takes rows m, m + M, ...: each device keeps the rows that it holds.
             split = {n: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for n, x in batch.items()}
@@ -116,7 +127,7 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
             def accumulate(number: Any, total: Any) -> Any:
                 part = {name: values[number] for name, values in split.items()}
                 part_key = None if key is None else jax.random.fold_in(key, number)
-                (loss, (means, statistics)), gradients = differentiate(moved, params, part, part_key, weights)
+                (loss, (means, statistics)), gradients = differentiate(moved, rest, part, part_key, weights)
                 return jax.tree.map(jnp.add, total, (pin(gradients), loss, means, statistics))
 
             zero = (moved, jnp.zeros(()), weights, whole.statistics)

@@ -1,0 +1,20 @@
+"""A LoRA adapter for the demo's model: one that has read Python alone learns to write these pages of documentation.
+
+python train.py --config configs/stdlib.py --workdir runs/stdlib
+python train.py --config configs/finetune_lora.py --workdir runs/lora
+"""
+
+from configs import stdlib
+from transformer.config import Config, replace
+
+
+def get_config() -> Config:
+    base = "runs/stdlib"
+    return replace(
+        stdlib.get_config(),
+        data={"path": ("docs/*.md",), "tokenizer_path": f"{base}/tokenizer", "validation_documents": 0.2},
+        adapter={"kind": "lora", "base_run": base},
+        optimizer={"learning_rate": 5e-3, "weight_decay": 0.0},
+        train={"num_steps": 100},
+        evaluation={"num_batches": 0, "sample_prompt": "The model "},
+    )
