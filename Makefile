@@ -58,14 +58,14 @@ demo: $(INSTALLED)
 	$(BIN)/transformer evaluate --workdir runs/demo --baseline
 	$(BIN)/transformer generate --workdir runs/demo --prompt 'def ' --max-tokens 200
 
+# Types are checked beside the tests: pyright alone would leave all cores but one idle.
 test: export JAX_PLATFORMS := cpu
 # More threads than cores, or eight simulated devices deadlock in their collectives on JAX 0.10.
 test: export NPROC := 16
 test: $(INSTALLED)
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	$(BIN)/pyright
-	$(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/pyright & types=$$!; $(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist worksteal $(ARGS) && wait $$types
 
 # Layouts and collectives of recipes, as files in tests/goldens; the collectives are those of the release of JAX at hand.
 goldens: export REWRITE_GOLDENS := 1

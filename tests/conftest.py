@@ -11,6 +11,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "16"
 # Two workers of the suite share the cores, so that devices may wait for each other longer than XLA's 40 seconds.
 os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+# One piece of code from each program: cut in 32 it takes a quarter longer, and two workers keep the cores busy.
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+# Operations do not say from which lines they come: Shardy alone takes seconds to carry that through a split program.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # Programs of tests run for milliseconds and compile for seconds, so XLA does not optimise them; release 0.10 is then
 # fastest with the older of its ways to compile fused operations, which later releases do not have.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import SAMPLES
 
 from transformer.config import Config
 
@@ -53,7 +54,7 @@ def test_a_killed_run_ends_like_one_that_never_was(
             model={"dropout": 0.1, "num_layers": 2},
             optimizer={"schedule": "cosine", "warmup_steps": 10},
             train={"num_steps": num_steps, "num_microbatches": 2},
-            evaluation={"every_steps": 20},
+            evaluation={"every_steps": 20, **SAMPLES},
             checkpoint={"every_steps": 5},
             tracking={"tensorboard": True},
             compilation_cache_dir=str(tmp_path / f"compiled {name}"),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import runs_in
 
 from transformer.checkpointing.checkpoints import Checkpoints
 from transformer.checkpointing.fixed import contradictions
@@ -31,11 +32,19 @@ Make = Callable[..., Config]
 Start = Callable[..., subprocess.Popen[str]]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    directory = tmp_path_factory.mktemp("trained")
+    config = runs_in(directory)(train={"num_steps": 8}, checkpoint={"keep_latest": 1, "keep_best": 1})
+    assert loop.run(config, directory / "run") == 0
+    return config, directory / "run"
+
+
 @pytest.fixture
-def finished(make_run: Make, tmp_path: Path) -> tuple[Config, Path]:
-    config = make_run(train={"num_steps": 8}, checkpoint={"keep_latest": 1, "keep_best": 1})
-    assert loop.run(config, tmp_path / "run") == 0
-    return config, tmp_path / "run"
+def finished(trained: tuple[Config, Path], tmp_path: Path) -> tuple[Config, Path]:
+    """A copy of a finished run, which a test may go on with."""
+    config, workdir = trained
+    return config, Path(shutil.copytree(workdir, tmp_path / "run"))
 
 
 def everything(directory: Path) -> dict[str, bytes]:
@@ -71,10 +80,14 @@ def test_every_key_that_contradicts_a_run_is_named(finished: tuple[Config, Path]
 
 def test_another_corpus_contradicts_a_run(finished: tuple[Config, Path], tmp_path: Path) -> None:
     config, workdir = finished
-    with (tmp_path / "corpus.jsonl").open("a") as file:
+    corpus = tmp_path / "corpus.jsonl"
+    moved = replace(config, data={"path": (str(corpus),)})
+    shutil.copy(config.data.path[0], corpus)
+    assert loop.run(moved, workdir) == 0
+    with corpus.open("a") as file:
         file.write('{"text": "one more"}\n')
     with pytest.raises(ConfigError, match="another corpus"):
-        loop.run(config, workdir)
+        loop.run(moved, workdir)
 
 
 def test_what_may_change_does(finished: tuple[Config, Path]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from running import ROOT, TIMES
+from running import ROOT, SAMPLES, TIMES
 
 from transformer.checkpointing.places import Spool
 from transformer.config import Config, ConfigError, place, replace, to_json
@@ -202,7 +202,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 def test_a_killed_run_goes_on_in_a_store(
     server: Server, make_run: Make, start_training: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    config = make_run(tracking={"plot": False, "tensorboard": True}, train={"num_steps": 14})
+    config = make_run(tracking={"plot": False, "tensorboard": True}, train={"num_steps": 14}, evaluation=SAMPLES)
     (tmp_path / "tmp").mkdir()
     environ = server.environ | {"TMPDIR": str(tmp_path / "tmp")}
     url: Any = f"{server.bucket}/runs/tiny"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import assert_losses_equal, free_port
+from running import SAMPLES, assert_losses_equal, free_port
 
 from transformer.config import Config
 
@@ -27,6 +27,7 @@ def config(make_run: Make) -> Config:
         train={"num_steps": NUM_STEPS, "batch_size": 16},
         parallel={"tensor": 2, "fsdp": 2, "replica": 2},
         checkpoint={"keep_latest": 10},
+        evaluation=SAMPLES,
     )
 
 

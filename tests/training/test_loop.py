@@ -13,6 +13,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import SAMPLES
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from transformer.checkpointing.checkpoints import Checkpoints
@@ -48,7 +49,7 @@ def steps_of(workdir: Path) -> list[int]:
 def test_a_run_leaves_everything_that_the_other_verbs_need(
     make_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_run(tracking={"plot": True, "tensorboard": True})
+    config = make_run(evaluation=SAMPLES, tracking={"plot": True, "tensorboard": True})
     workdir = tmp_path / "run"
     assert loop.run(config, workdir) == 0
 
@@ -93,7 +94,7 @@ def test_a_run_leaves_everything_that_the_other_verbs_need(
 def test_a_finished_run_started_again_does_nothing(
     make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, workdir = make_run(train={"num_steps": 4}), tmp_path / "run"
+    config, workdir = make_run(train={"num_steps": 4}, evaluation=SAMPLES), tmp_path / "run"
     assert loop.run(config, workdir) == 0
     kept = [workdir / "metrics.jsonl", workdir / "samples.jsonl", *(workdir / "checkpoints").rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in kept}
@@ -115,7 +116,9 @@ def test_a_run_that_averages_evaluates_its_average_and_resumes_without(
     read_lines: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     config = make_run(
-        train={"num_steps": 4}, optimizer={"name": "schedule_free", "schedule": "constant", "learning_rate": 1e-2}
+        train={"num_steps": 4},
+        optimizer={"name": "schedule_free", "schedule": "constant", "learning_rate": 1e-2},
+        evaluation=SAMPLES,
     )
     assert loop.run(config, tmp_path / "whole") == 0
     signal_after(2, signal.SIGTERM)
@@ -151,6 +154,7 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
         optimizer={"schedule": "cosine", "warmup_steps": 4, "ema_decay": 0.8},
         train={"num_microbatches": 2, "batch_size": 16, "batch_warmup_steps": 9},
         parallel={"tensor": tensor},
+        evaluation=SAMPLES,
     )
     assert loop.run(config, tmp_path / "whole") == 0
     workdir = tmp_path / "interrupted"
@@ -176,7 +180,7 @@ def test_a_signal_does_not_wait_for_a_validation_that_is_due(
     assert_same_run: Callable[[Path, Path], None],
     read_lines: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
-    config = make_run(evaluation={"every_steps": 5, "batch_size": 8}, checkpoint={"every_steps": 10})
+    config = make_run(evaluation={"every_steps": 5, "batch_size": 8, **SAMPLES}, checkpoint={"every_steps": 10})
     assert loop.run(config, tmp_path / "whole") == 0
     workdir = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
