@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from transformer.config import OBJECTIVE_DATA, Config, data_kind, problems_of, replace, type_of
-from transformer.config.validation import ARCHITECTURES
+from transformer.config.examples import ARCHITECTURES
 from transformer.models.transformer import Outputs
 from transformer.objectives import OBJECTIVES, objective_of
 

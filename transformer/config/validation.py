@@ -4,23 +4,16 @@ import importlib
 import math
 import re
 from collections.abc import Iterator
-from typing import get_args
 
 from transformer.config.adapter import AdapterConfig
 from transformer.config.init_from import InitFromConfig
-from transformer.config.model import RECURRENT, FeedForwardKind, Mixer, ModelConfig, Pattern, parse_layers
 from transformer.config.schema import (
     DATA_AXES,
     MESH_AXES,
     Config,
     ConfigError,
-    DataConfig,
-    data_kind,
     get,
     keys,
-    known_vocab_size,
-    nearest,
-    source_length,
     warmup_steps,
 )
 
@@ -50,10 +43,12 @@ def problems_of(config: Config, platform: str | None = None) -> list[str]:
     """Returns every mistake in `config` that can be seen without looking at data or devices, but for their `platform`."""
     problems = list(_range_problems(config))
     wrong = {key for problem in problems for key in mentioned(problem)}
+    # Loaded by name, as are the rules for what few configurations have.
+    examples, networks = (importlib.import_module(f"transformer.config.{name}") for name in ("examples", "networks"))
     across = [
-        *_data_problems(config.data),
-        *_example_problems(config),
-        *_model_problems(config, platform),
+        *examples.data_problems(config.data),
+        *examples.example_problems(config),
+        *networks.model_problems(config, platform),
         *_run_problems(config),
     ]
     # What follows from a value that is impossible by itself is no mistake of its own.
@@ -82,159 +77,6 @@ def _range_problems(config: Config) -> Iterator[str]:
             yield f"{key} = {value}: must be greater than 0"
         elif value > _LARGEST.get(key, value):
             yield f"{key} = {value}: must be at most {_LARGEST[key]}"
-
-
-def _data_problems(data: DataConfig) -> Iterator[str]:
-    sources = ("python_stdlib", "local_text:PATH", "tfds:NAME", "hf:NAME")
-    kinds = [source.partition(":")[0] for source in sources]
-    if not (data.path or data.source_path or data.source):
-        yield "data.source is empty: name at least one source, or give data.path"
-    for source in () if data.path or data.source_path else data.source:
-        kind, _, name = source.partition(":")
-        if not (name if kind in kinds[1:] else source == "python_stdlib"):
-            yield f"data.source = {source!r}: must be one of {', '.join(sources)}{nearest(kind, kinds)}"
-    expected = 1 if data.path or data.source_path else len(data.source)
-    if data.weights and len(data.weights) != expected:
-        yield f"data.weights has {len(data.weights)} numbers for {expected} sources"
-    if not all(0 < weight < math.inf for weight in data.weights):
-        yield f"data.weights = {data.weights}: each must be a finite number greater than 0"
-    if data.tokenizer == "huggingface" and not data.tokenizer_path:
-        yield "data.tokenizer = 'huggingface' needs data.tokenizer_path, a tokenizer.json"
-    if data.tokenizer == "bytes" and data.tokenizer_path:
-        yield f"data.tokenizer_path = {data.tokenizer_path!r}: {data.tokenizer} has no file"
-
-
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "causal": ("decoder",),
-    "prefix_lm": ("decoder",),
-    "fill_in_the_middle": ("decoder",),
-    "multi_token": ("decoder",),
-    "masked_lm": ("encoder",),
-    "span_corruption": ("encoder_decoder",),
-    "mixture_of_denoisers": ("encoder_decoder",),
-    "seq2seq": ("encoder_decoder",),
-    "sequence_classification": ("encoder", "decoder"),
-    "token_classification": ("encoder", "decoder"),
-    "regression": ("encoder", "decoder"),
-    "span_extraction": ("encoder", "decoder"),
-    "text_to_text": ("encoder_decoder",),
-    "associative_recall": ("decoder",),
-    "chat": ("decoder",),
-    "dpo": ("decoder",),
-}
-"""What can learn each objective: who must predict a token may not see it, and who reads another text needs an encoder."""
-
-
-def _example_problems(config: Config) -> Iterator[str]:
-    """What the objective learns from, and where that comes from."""
-    data, model, kind = config.data, config.model, data_kind(config)
-    name = f"objective.name = {config.objective.name!r}"
-    paths = (data.source_path, data.target_path, data.validation_source_path, data.validation_target_path)
-    if kind != "text" or any(paths):
-        yield from importlib.import_module("transformer.config.kinds").source_problems(data, kind, name)
-    if model.architecture not in (fitting := ARCHITECTURES[config.objective.name]):
-        yield f"model.architecture = {model.architecture!r}: {name} needs {' or '.join(map(repr, fitting))}"
-    if (config.objective.name == "multi_token") != (model.num_future_tokens > 0):
-        heads = f"model.num_future_tokens = {model.num_future_tokens}"
-        yield f"{heads}: objective.name = 'multi_token' needs at least 1, the others 0, and this is {name}"
-    yield from importlib.import_module("transformer.config.tasks").task_problems(config, kind, name)
-    if config.objective.name == "dpo":
-        yield from importlib.import_module("transformer.config.kinds").preference_problems(config)
-    if config.objective.name == "associative_recall":
-        yield from importlib.import_module("transformer.config.kinds").recall_problems(config)
-    length, rows = source_length(config), model.num_positions
-    if model.positions == "learned" and kind == "pairs" and rows is not None and rows < length:
-        yield f"data.source_length = {length} is longer than model.num_positions = {rows}"
-
-
-def _model_problems(config: Config, platform: str | None) -> Iterator[str]:
-    model, heads = config.model, f"model.num_heads = {config.model.num_heads}"
-    own, encoder = _mixers(model)
-    if (own | encoder) & set(RECURRENT) or model.cross_attention != "attention":
-        yield from importlib.import_module("transformer.config.kinds").recurrent_problems(model, own, encoder)
-    reads = model.architecture == "encoder_decoder" and model.cross_attention == "attention"
-    if model.num_heads > 0 and (reads or not own or not own | encoder <= set(RECURRENT)):
-        if model.head_width is None and model.width % model.num_heads:
-            yield f"model.width = {model.width} is not divisible by {heads}: change one, or set model.head_width"
-        elif model.positions == "rotary" and model.head_dim % 2:
-            odd = f"{model.head_dim} (model.head_width, or model.width / model.num_heads)"
-            yield f"model.positions = 'rotary' needs an even head width, not {odd}"
-        if model.kv_heads > 0 and model.num_heads % model.kv_heads:
-            yield f"{heads} is not divisible by model.num_kv_heads = {model.kv_heads}"
-    if model.positions == "sinusoidal" and model.width % 2:
-        yield f"model.positions = 'sinusoidal' needs an even model.width, not {model.width}"
-    if model.positions == "relative":
-        yield from importlib.import_module("transformer.config.kinds").bucket_problems(model)
-    if model.matrix_products != "compute_dtype":
-        yield from importlib.import_module("transformer.config.kinds").eight_bit_problems(model)
-    if model.remat in ("names", "offload"):
-        yield from importlib.import_module("transformer.config.kinds").remat_problems(model)
-    if model.rotary_scaling == "dynamic_ntk":
-        yield from importlib.import_module("transformer.config.kinds").scaling_problems(config)
-    own_keys = (model.window_rotary_base, model.rotary_attention_factor, model.attention_biases)
-    if any(own_keys) or "@none" in f"{model.first_layers} {model.layers} {model.encoder_layers}":
-        yield from importlib.import_module("transformer.config.kinds").attention_problems(model)
-    if model.embedding_norm or model.head_transform or model.num_token_types or model.decoder_start_token is not None:
-        yield from importlib.import_module("transformer.config.kinds").head_problems(model)
-    yield from _layer_problems(config)
-    if model.attention_implementation != "auto":
-        yield from importlib.import_module("transformer.config.implementations").problems_of_attention(config, platform)
-    tokens = known_vocab_size(config.data)
-    if model.vocab_size is not None and tokens is not None and model.vocab_size < tokens:
-        advice = "give at least that, or leave it out"
-        yield f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokens} tokens: {advice}"
-    length, rows = config.data.sequence_length, model.num_positions
-    if model.positions == "learned" and rows is not None and rows < length:
-        yield f"data.sequence_length = {length} is longer than model.num_positions = {rows}"
-
-
-def _mixers(model: ModelConfig) -> tuple[set[str], set[str]]:
-    """Returns the mixers of the stack and of its encoder, or of itself; none of a pattern that cannot be read."""
-    try:
-        own = {kind.mixer for kind in (*model.first_kinds, *model.kinds)}
-        return own, own if model.architecture == "encoder" else {kind.mixer for kind in model.encoder_kinds}
-    except ValueError:
-        return set(), set()
-
-
-def _layer_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the patterns of layers."""
-    model, num_first = config.model, 0
-    depths = {"first_layers": {}} if model.first_layers is not None else {}
-    depths |= {"layers": {"num_layers": model.num_layers}}
-    if model.architecture == "encoder_decoder":
-        key = "layers" if model.encoder_layers is None else "encoder_layers"
-        depths.setdefault(key, {})["num_encoder_layers"] = model.encoder_depth
-    for key, stacks in depths.items():
-        label = f"model.{key} = {getattr(model, key)!r}"
-        try:
-            kinds = parse_layers(getattr(model, key))
-        except ValueError as error:
-            yield f"{label}: {error}"
-            continue
-        for kind in dict.fromkeys(kinds):
-            for what, name, known in (
-                ("mixer", kind.mixer, get_args(Mixer)),
-                ("pattern", kind.pattern, get_args(Pattern)),
-                ("feed-forward kind", kind.feedforward, get_args(FeedForwardKind)),
-            ):
-                if name not in known:
-                    yield f"{label}: {name!r} is not a {what}, which are {', '.join(known)}{nearest(name, known)}"
-        if any(kind.pattern == "block_sparse" for kind in kinds) and model.num_window_blocks % 2 == 0:
-            yield f"model.num_window_blocks = {model.num_window_blocks}: must be odd, a block and as many on either side"
-        if any(kind.mixer != "attention" or kind.feedforward == "experts" for kind in kinds):
-            is_encoder = model.architecture == "encoder" or "num_encoder_layers" in stacks
-            is_decoder = key != "encoder_layers" and model.has_decoder
-            rules = importlib.import_module("transformer.config.kinds")
-            yield from rules.problems_of_kinds(config, label, kinds, is_encoder, is_decoder)
-        num_first = len(kinds) if key == "first_layers" else num_first
-        for name, depth in stacks.items():
-            first = num_first if name == "num_layers" else 0
-            after = f" after the {first} of model.first_layers = {model.first_layers!r}" if first else ""
-            if first and 0 < depth <= first:
-                yield f"model.{name} = {depth} leaves no layer for {label}{after}"
-            elif depth > 0 and (depth - first) % len(kinds):
-                yield f"{label} is a period of {len(kinds)} layers, which does not divide model.{name} = {depth}{after}"
 
 
 def _run_problems(config: Config) -> Iterator[str]:
