@@ -9,6 +9,7 @@ and does nothing. The bound is of what the first holds above the second: 1.3 tim
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -79,14 +80,16 @@ def _tokenizer() -> str:
     return Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="a")).to_str()
 
 
-def peak_of(program: str, arguments: list[str]) -> tuple[int, float]:
-    """Returns the peak resident memory of a process, in bytes, and the seconds it took."""
+def peak_of(program: str, arguments: list[str]) -> tuple[int, float, float]:
+    """Returns the peak resident memory of a process, in bytes, the seconds it took, and those of processors."""
     command, environment = own_process(program + PEAK, arguments)
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return int(done.stdout.split("PEAK")[1]), time.perf_counter() - begin
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return int(done.stdout.split("PEAK")[1]), seconds, processors
 
 
 def read_plainly(folder: Path) -> float:
@@ -115,10 +118,13 @@ def main() -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         rows = []
         for number in range(given.repeats):
-            idle, _ = peak_of(IDLE, [])
+            idle, *_ = peak_of(IDLE, [])
             workdir = Path(directory) / f"run-{number}"
-            peak, seconds = peak_of(IMPORT, ["import", str(folder), "--workdir", str(workdir), "--parallel.fsdp", "1"])
-            rows.append({"idle": idle, "peak": peak, "import_seconds": seconds, "read_seconds": read_plainly(folder)})
+            peak, seconds, processors = peak_of(
+                IMPORT, ["import", str(folder), "--workdir", str(workdir), "--parallel.fsdp", "1"]
+            )
+            times = {"import_seconds": seconds, "processor_seconds": processors, "read_seconds": read_plainly(folder)}
+            rows.append({"idle": idle, "peak": peak, **times})
             subprocess.run(["rm", "-r", str(workdir)], check=True)
             os.sync()
     target = 4 * parameters
@@ -138,7 +144,7 @@ def main() -> None:
     print(
         f"above an idle process {above:,} bytes, at most {bound:,.0f} allowed: {'held' if above <= bound else 'BROKEN'}"
     )
-    for name in ("import_seconds", "read_seconds"):
+    for name in ("import_seconds", "processor_seconds", "read_seconds"):
         print(f"{name}: median {statistics.median(row[name] for row in rows):.1f}")
     if given.output:
         Path(given.output).write_text(json.dumps(result, indent=1) + "\n")

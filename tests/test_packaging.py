@@ -143,7 +143,7 @@ def check(command: Command, directory: Path) -> None:
     """Parses a command as the program that it calls would; `directory` stands for a checkout with runs in it."""
     program, *arguments = command.words
     program = program.removeprefix(".venv/bin/")
-    workdir = _options(arguments).get("--workdir")
+    workdir = _options(arguments).get("--workdir", arguments[1] if arguments[:1] == ["compare"] else None)
     if program == "make":
         for target in [word for word in arguments if "=" not in word]:
             assert re.search(rf"^{target}:", makefile(), re.MULTILINE), f"{command}: no such target"

@@ -35,7 +35,8 @@ def family_for(model: ModelConfig, name: str = "", preferred: str = "") -> Famil
         write_config(family_of(name), model)
         return family_of(name)
     problems: dict[str, tuple[str, ...]] = {}
-    for candidate in dict.fromkeys([*([preferred] if preferred in FAMILIES else []), *FAMILIES]):
+    first: list[str] = [preferred] if preferred in FAMILIES else []
+    for candidate in (*first, *(name for name in FAMILIES if name != preferred)):
         try:
             write_config(family_of(candidate), model)
             tensors_of(family_of(candidate), canonical(model))

@@ -149,7 +149,8 @@ def _read_rows(
 
 
 def _fill(descriptor: int, stored: Stored, values: np.ndarray, offset: int) -> None:
-    target = memoryview(values.reshape(-1).view(np.uint8))
+    flat: Any = values.reshape(-1).view(np.uint8)
+    target = memoryview(flat)
     while target:
         count = os.preadv(descriptor, [target], offset)
         if not count:

@@ -112,7 +112,7 @@ def write_tokenizer(saved: Path, tokenizer: Tokenizer, target: Path) -> str:
     return ""
 
 
-def _names(tokenizer: Tokenizer, saved: Path) -> dict[str, str]:
+def _names(tokenizer: Tokenizer, saved: Path) -> dict[str, Any]:
     import tokenizers
 
     library = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))

@@ -89,7 +89,8 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), (given, values) in zip(shapes, arrays, strict=True):
             assert given == name and values.shape == shape, (name, shape, given, values.shape)
-            file.write(np.ascontiguousarray(values.astype(kind)).reshape(-1).view(np.uint8))
+            flat: Any = np.ascontiguousarray(values.astype(kind)).reshape(-1).view(np.uint8)
+            file.write(flat)
         file.flush()
         os.fsync(file.fileno())
 

@@ -23,7 +23,7 @@ from transformer.models.layers import Linear, Norm, as_rows, dropout, materializ
 from transformer.models.masks import Tokens
 from transformer.models.mixers import Context, Memory
 from transformer.models.parameters import Tree, bind, normal, parameter
-from transformer.models.positions import Angles, sinusoidal_positions
+from transformer.models.positions import sinusoidal_positions
 from transformer.parallel.sharding import constrain
 
 MASKED_LOGIT = -1e30
@@ -173,7 +173,7 @@ class Transformer(nnx.Module):
             entered["memory"] = places
         return cache | entered
 
-    def _angles(self, positions: Int[Array, "B T"]) -> dict[str, Angles]:
+    def _angles(self, positions: Int[Array, "B T"]) -> dict[str, Any]:
         if self.config.positions != "rotary":
             return {}
         rotary = importlib.import_module("transformer.models.rotary")
