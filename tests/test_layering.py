@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("config", "arguments"),
     ("models", "data", "parallel"),
-    ("objectives", "optimizers", "checkpointing"),
+    ("objectives", "optimizers", "checkpointing", "huggingface"),
     ("training", "inference"),
     ("finetuning", "interpretability", "benchmarks", "plans", "studies"),
     ("cli",),
