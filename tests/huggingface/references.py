@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import decoder_variants
 import numpy as np
 
 REFERENCES = Path(__file__).parent / "references"
@@ -48,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral-no-window": _MISTRAL | {"sliding_window": None, "rms_norm_eps": 1e-3},
     "gpt2": _GPT2,
     "gpt2-free-head": _GPT2 | {"tie_word_embeddings": False, "n_inner": 50, "activation_function": "gelu"},
+    **decoder_variants.VARIANTS,
 }
 """What config.json says of small models: a line, or a few, for each family."""
 
@@ -100,9 +102,12 @@ def their_logits(model: Any, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def record(name: str) -> None:
     """Writes what the default suite compares with."""
-    model = their_model(VARIANTS[name], 0)
+    if name in decoder_variants.VARIANTS:
+        model, shapes = decoder_variants.from_files(VARIANTS[name], 0)
+    else:
+        model = their_model(VARIANTS[name], 0)
+        shapes = {key: list(value.shape) for key, value in model.named_parameters()}
     logits = their_logits(model, texts(0))
-    shapes = {key: list(value.shape) for key, value in model.named_parameters()}
     found = {
         "config": json.loads(model.config.to_json_string()),
         "shapes": shapes,

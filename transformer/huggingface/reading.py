@@ -1,5 +1,6 @@
 """Parameters from a folder, straight into sharded arrays: each process reads what its devices hold, and nothing else."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,8 +101,12 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
             found.setdefault(piece.path, {})[piece.at] = (have, tensor, piece)
     known = set(names.values())
     repeats = {name: first if prefix else first.removeprefix(family.prefix) for name, first in family.repeats.items()}
+    without: dict[str, list[str]] = {}
     for name, have in stored.items():
         if name in known or any(re.fullmatch(pattern, name) for pattern in family.ignored):
+            continue
+        if reason := family.left_out(model, name):
+            without.setdefault(reason, []).append(name)
             continue
         if name in repeats:
             if not _same(have, stored.get(repeats[name])):
@@ -112,6 +117,9 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
         problems.append(f"{name} {shown(have.shape)} is no tensor of this {family.model_type}")
     if problems:
         raise ConfigError([f"{folder.path}: {problem}" for problem in problems])
+    for reason, names_left in without.items():
+        listed = f"{len(names_left):,} tensors, {names_left[0]} to {names_left[-1]}"
+        logging.getLogger(__name__).warning(f"{folder.path}: {listed}, are left out: {reason}")
     return found
 
 

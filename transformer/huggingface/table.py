@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer.config import ConfigError, ModelConfig
+from transformer.config import ConfigError, LayerKind, ModelConfig
 from transformer.models.parameters import ParameterSpec, is_spec, parameter_specs
 from transformer.models.transformer import Transformer
 
@@ -49,6 +49,9 @@ class Line:
     """Attribute of ModelConfig that counts groups (heads) along `axis`, each of which has a share of all parts; "": one group."""
     offset: float = 0.0
     """Ours less theirs: 1 for norms that multiply by 1 + w. Exact for what was read so; w itself may be rounded."""
+
+    when: Callable[[ModelConfig], bool] = lambda model: True
+    """Whether it counts, for one of ours that has another name in other models of the family."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -113,6 +116,8 @@ class Family:
     """Tensors that some files repeat under another name; they must be equal."""
     ignored: tuple[str, ...] = ()
     """Patterns (regular expressions) of tensors that are no parameters: masks, frequencies."""
+    left_out: Callable[[ModelConfig, str], str | None] = lambda model, name: None
+    """Why a tensor, by its name, is left out though it is one of parameters, which is then said; None: it is not."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Tensor:
     pieces: tuple[Piece, ...]
 
 
-_STACKED = re.compile(r"^(\w+/layers/)(?:blocks/(\d+)/)?(.*)$")
+_STACKED = re.compile(r"^(\w+)/(first|layers)/(?:blocks/(\d+)/)?(.*)$")
 
 
 def flat_specs(model: ModelConfig) -> dict[str, ParameterSpec]:
@@ -153,35 +158,39 @@ def tensors_of(family: Family, model: ModelConfig) -> list[Tensor]:
     Raises ConfigError if a parameter of ours is none of theirs.
     """
     specs = flat_specs(model)
-    # By path in a single layer: the block of a period, the path, and the declaration.
-    single: dict[str, list[tuple[int, str, ParameterSpec]]] = {}
+    # By path in a single layer: the numbers of the layers that are stacked, the path, and the declaration.
+    single: dict[str, list[tuple[range, str, ParameterSpec]]] = {}
     for path, spec in specs.items():
         match = _STACKED.match(path)
-        name = match[1] + match[3] if match else path
-        single.setdefault(name, []).append((int((match and match[2]) or 0), path, spec))
-    periods = {"decoder": len(model.kinds), "encoder": len(model.encoder_kinds)}
+        name = f"{match[1]}/layers/{match[4]}" if match else path
+        layers = range(1) if match is None else _layers(model, match[1], match[2] == "first", int(match[3] or 0))
+        single.setdefault(name, []).append((layers, path, spec))
     found: list[Tensor] = []
     covered: set[str] = set()
-    for line in family.lines:
+    for line in (line for line in family.lines if line.when(model)):
         first, *others = line.parts
-        for number, (block, path, spec) in enumerate(single.get(first.path, ())):
+        for number, (layers, path, spec) in enumerate(single.get(first.path, ())):
             joined = [(first, path, spec)] + [(part, *single[part.path][number][1:]) for part in others]
             covered.update(path for _, path, _ in joined)
-            period = periods.get(path.partition("/")[0], 1)
-            found += _placed(family, line, model, joined, block, period)
+            found += _placed(family, line, model, joined, layers)
     if lacking := [path for path in specs if path not in covered]:
         listed = ", ".join(f"{path} {specs[path].shape}" for path in lacking)
         raise ConfigError(f"{family.model_type} has no tensor for {listed}")
     return found
 
 
+def _layers(model: ModelConfig, stack: str, is_first: bool, block: int) -> range:
+    """Returns the numbers of the layers that a block of a period stands for, or one of those before the first period."""
+    is_main = stack == ("decoder" if model.has_decoder else "encoder")
+    first = model.first_kinds if is_main else ()
+    if is_first:
+        return range(len(first)) if len(set(first)) == 1 else range(block, block + 1)
+    period, depth = (len(model.kinds), model.num_layers) if is_main else (len(model.encoder_kinds), model.encoder_depth)
+    return range(len(first) + block, depth, period)
+
+
 def _placed(
-    family: Family,
-    line: Line,
-    model: ModelConfig,
-    joined: Sequence[tuple[Part, str, ParameterSpec]],
-    block: int,
-    period: int,
+    family: Family, line: Line, model: ModelConfig, joined: Sequence[tuple[Part, str, ParameterSpec]], layers: range
 ) -> list[Tensor]:
     by_expert = "{expert}" in line.theirs
     stacked = joined[0][2].num_layers is not None
@@ -196,7 +205,7 @@ def _placed(
     found = []
     for layer in range(joined[0][2].shape[0] if stacked else 1):
         for expert in range(joined[0][2].shape[int(stacked)] if by_expert else 1):
-            name = line.theirs.format(layer=layer * period + block, expert=expert)
+            name = line.theirs.format(layer=layers[layer], expert=expert)
             at = (layer,) * stacked + (expert,) * by_expert
             pieces = tuple(Piece(path, at, where) for (_, path, _), where in zip(joined, places, strict=True))
             found.append(Tensor(family.prefix + name if not is_head(name) else name, tuple(whole), line, pieces))
@@ -222,13 +231,19 @@ def is_head(name: str) -> bool:
 
 def pattern_of(kinds: Sequence[str]) -> str:
     """Returns the shortest `model.layers` that names these kinds, one for each layer, such as `5*attention.window+attention`."""
-    length = next(
-        n
-        for n in range(1, len(kinds) + 1)
-        if len(kinds) % n == 0 and list(kinds) == list(kinds[:n]) * (len(kinds) // n)
-    )
+    return _spelt(_period(kinds))
+
+
+def _period(kinds: Sequence[str]) -> list[str]:
+    """Returns the shortest beginning of `kinds` of which the whole is a repetition."""
+    whole = list(kinds)
+    lengths = (n for n in range(1, len(whole) + 1) if len(whole) % n == 0)
+    return next(whole[:n] for n in lengths if whole == whole[:n] * (len(whole) // n))
+
+
+def _spelt(kinds: Sequence[str]) -> str:
     parts: list[list[Any]] = []
-    for kind in kinds[:length]:
+    for kind in kinds:
         if parts and parts[-1][1] == kind:
             parts[-1][0] += 1
         else:
@@ -236,12 +251,24 @@ def pattern_of(kinds: Sequence[str]) -> str:
     return "+".join(kind if count == 1 else f"{count}*{kind}" for count, kind in parts)
 
 
+def layers_of(kinds: Sequence[str]) -> dict[str, str | None]:
+    """Returns `first_layers` and `layers` of these kinds, one for each layer, with as few different blocks as will do."""
+
+    def num_blocks(first: int) -> tuple[int, int]:
+        before, rest = kinds[:first], kinds[first:]
+        return (1 if len(set(before)) == 1 else first) + len(_period(rest)), first
+
+    first = min(range(len(kinds)), key=num_blocks)
+    before = _spelt(kinds[:first]) if first else None
+    return {"first_layers": before, "layers": pattern_of(kinds[first:])}
+
+
 def kinds_of(model: ModelConfig) -> list[str]:
     """Returns the kind of each layer of the (decoder's) stack, spelt as in `model.layers`."""
-    named = [
-        kind.mixer
-        + (f".{kind.pattern}" if kind.pattern != "full" else "")
-        + (f"/{kind.feedforward}" if kind.feedforward != "dense" else "")
-        for kind in model.kinds
-    ]
-    return [named[layer % len(named)] for layer in range(model.num_layers)]
+
+    def spelt(kind: LayerKind) -> str:
+        pattern = f".{kind.pattern}" if kind.pattern != "full" else ""
+        feedforward = f"/{kind.feedforward}" if kind.feedforward != "dense" else ""
+        return f"{kind.mixer}{pattern}{'' if kind.has_positions else '@none'}{feedforward}"
+
+    return [spelt(kind) for kind in (*model.first_kinds, *model.kinds * model.num_periods)]

@@ -12,12 +12,11 @@ from transformer.config import (
     from_tree,
     mentioned,
     nearest,
-    parse_layers,
     problems_of,
     replace,
 )
 from transformer.huggingface.header import shown
-from transformer.huggingface.table import REQUIRED, Family, kinds_of, pattern_of
+from transformer.huggingface.table import REQUIRED, Family, kinds_of, layers_of
 
 FIXED: Mapping[str, Any] = {"quantization_config": None}
 """What no family's config.json may say, and why is plain: the numbers would be others."""
@@ -47,6 +46,10 @@ HARMLESS = (
     *("task_specific_params", "finetuning_task", "language", "tokenizer_class", "prefix", "gradient_checkpointing"),
 )
 """Keys that change nothing that any family computes."""
+
+
+BIAS_RATE = 0.001
+"""The step of biases on a router's choice in a model that was read: files have the biases, and not their step."""
 
 
 def read_config(family: Family, theirs: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -145,14 +148,25 @@ def canonical(model: ModelConfig) -> ModelConfig:
     Two models that compute the same are then equal.
     """
     default = ModelConfig()
-    kinds = pattern_of(kinds_of(model))
+    every = {*model.first_kinds, *model.kinds}
+    every |= {*(model.encoder_kinds if model.architecture == "encoder_decoder" else ())}
+    mixers, patterns = {kind.mixer for kind in every}, {kind.pattern for kind in every}
+    scored = model.head_dim + ("latent_attention" in mixers) * model.rotary_head_width
     changes: dict[str, Any] = {
-        "layers": kinds,
+        **layers_of(kinds_of(model)),
         "num_kv_heads": model.kv_heads,
         "head_width": model.head_dim,
         "feedforward_width": model.ff_width,
-        "attention_scale": 1 / math.sqrt(model.head_dim) if model.attention_scale is None else model.attention_scale,
+        "attention_scale": 1 / math.sqrt(scored) if model.attention_scale is None else model.attention_scale,
     }
+    if model.attention_biases == ("all" if model.biases else "none"):
+        changes["attention_biases"] = None
+    if "window" not in patterns or (model.window_rotary_base, model.rotary_scaling) == (model.rotary_base, "none"):
+        changes["window_rotary_base"] = None
+    if model.rotary_scaling == "yarn" and model.rotary_attention_factor is None:
+        changes["rotary_attention_factor"] = 0.1 * math.log(model.rotary_factor) + 1 if model.rotary_factor > 1 else 1.0
+    if model.balance_bias_rate:
+        changes["balance_bias_rate"] = BIAS_RATE
     if model.parametrization == "standard":
         changes["base_width"] = default.base_width
         if model.embedding_scale is None:
@@ -164,8 +178,6 @@ def canonical(model: ModelConfig) -> ModelConfig:
         changes["encoder_layers"] = model.layers if model.encoder_layers is None else model.encoder_layers
     else:
         changes |= {"num_encoder_layers": None, "encoder_layers": None, "cross_attention": default.cross_attention}
-    every = {*parse_layers(kinds), *(model.encoder_kinds if model.architecture == "encoder_decoder" else ())}
-    mixers, patterns = {kind.mixer for kind in every}, {kind.pattern for kind in every}
     experts = any(kind.feedforward == "experts" for kind in every)
     if experts:
         changes["expert_width"] = model.expert_dim
@@ -197,7 +209,11 @@ def canonical(model: ModelConfig) -> ModelConfig:
         ("dilation",): "dilated" in patterns,
         ("sparse_block", "num_global_blocks", "num_window_blocks", "num_random_blocks"): "block_sparse" in patterns,
         ("num_experts", "experts_per_token", "expert_width", "num_shared_experts", "routing", "router_score"): experts,
-        ("balance_bias_rate",): experts,
+        ("balance_bias_rate", "normalize_expert_weights", "expert_scale"): experts,
+        ("num_expert_groups", "groups_per_token"): experts,
+        ("groups_per_token",): model.num_expert_groups > 1,
+        ("qk_norm_over",): model.qk_norm,
+        ("rotary_attention_factor",): model.rotary_scaling == "yarn",
         ("rotary_base", "rotary_share", "rotary_scaling", "rotary_factor"): model.positions == "rotary",
         ("rotary_factor", "rotary_original_length"): model.positions == "rotary" and model.rotary_scaling != "none",
         ("rotary_original_length",): model.rotary_scaling != "linear",

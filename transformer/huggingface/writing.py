@@ -1,5 +1,6 @@
 """Parameters into a folder: config.json and safetensors, tensor by tensor, in shards with an index where one would be too long."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,9 +37,11 @@ def write(
 
     Raises ConfigError if the family cannot say what the model is. In a file that is there already nothing is kept.
     """
-    model = canonical(model)
+    own, model = model, canonical(model)
     config = write_config(family, model) | {"dtype": dtype, "torch_dtype": dtype} | dict(more or {})
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # Parameters are stacked as the model at hand says; another period of the same layers would stack others together.
+    model = dataclasses.replace(model, first_layers=own.first_layers, layers=own.layers)
     tensors = tensors_of(family, model)
     itemsize = np.dtype(TYPES[dtype][1]).itemsize
     shards: list[list[Tensor]] = [[]]
