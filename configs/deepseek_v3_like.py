@@ -1,13 +1,13 @@
-"""A model after DeepSeek-V3 (arXiv:2412.19437, section 4.2), 715,407,896,064 parameters: latent attention, 256 experts of which a token takes eight and one
-that all share, chosen by sigmoids with biases that even out the load, and a head for the token after the next.
+"""A model after DeepSeek-V3 (arXiv:2412.19437, section 4.2), 682,636,487,424 parameters: latent attention, three dense layers, then
+256 experts of which a token takes eight, of four groups of eight, and one that all share, chosen by sigmoids with biases that
+even out the load, and a head for the token after the next.
 
-What differs: all 61 layers have experts, where the paper's first three are dense; a token may choose among all experts, and
-not only those of four hosts; the loss that balances experts is over the batch. The peak rate is the paper's; warm-up and
-decay are those of the other recipes.
+What differs: the loss that balances experts is over the batch; tokens travel by expert, and not once to each host. The peak
+rate is the paper's; warm-up and decay are those of the other recipes.
 
 Splits: on 2,048 chips of TPU v5p, `--parallel.expert 32` and `fsdp` for the rest; on 2,048 H100s, `--parallel.expert 8` inside a
-host and `fsdp` across hosts. A slice of TPU v6e, 256 chips of 32 GB, does not hold parameters and moments (12 bytes each), so
-that there the layers have to be split over slices (`parallel.stage`).
+host and `fsdp` across hosts. A slice of TPU v6e, 256 chips of 32 GB, does not hold parameters and moments (12 bytes each), and
+layers of which the first differ are not split over slices (`parallel.stage`).
 """
 
 from configs import llama3_8b
@@ -21,6 +21,7 @@ def get_config() -> Config:
         objective={"name": "multi_token", "future_weight": 0.3},
         model={
             "vocab_size": 129_280,
+            "first_layers": "3*latent_attention",
             "layers": "latent_attention/experts",
             "num_layers": 61,
             "width": 7168,
@@ -36,6 +37,9 @@ def get_config() -> Config:
             "experts_per_token": 8,
             "expert_width": 2048,
             "num_shared_experts": 1,
+            "num_expert_groups": 8,
+            "groups_per_token": 4,
+            "expert_scale": 2.5,
             "router_score": "sigmoid",
             "balance_bias_rate": 0.001,
             "balance_loss": 0.0001,

@@ -59,7 +59,7 @@ def _expert_problems(model: ModelConfig, label: str, is_decoder: bool) -> Iterat
         yield f"{groups}: model.num_experts = {model.num_experts} makes groups of one, and the best two count"
     if chosen > model.num_expert_groups:
         yield f"model.groups_per_token = {chosen}: there are {groups}"
-    elif model.num_expert_groups > 1 and model.experts_per_token > chosen * size:
+    elif model.num_expert_groups > 1 and size > 1 and model.experts_per_token > chosen * size:
         few = f"model.groups_per_token = {chosen} with {groups} leaves a token {chosen * size} experts"
         yield f"model.experts_per_token = {model.experts_per_token}: {few}"
 

@@ -54,7 +54,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     from transformer.parallel.sharding import partition_spec
 
     axes, chip, model = mesh_axes(config, topology.num_chips), topology.chip, config.model
-    held, layer, outside = 0.0, 0.0, 0.0
+    held, layer, stacked, outside = 0.0, 0.0, 0.0, 0.0
     for spec in _specs(dataclasses.replace(model, remat="none")):
         layout = partition_spec(spec.axes, spec.shape, axes)
         parts = [p for entry in layout for p in (entry if isinstance(entry, tuple) else (entry,)) if p]
@@ -63,6 +63,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
         whole = math.prod(spec.shape) / math.prod(axes[p] for p in parts if p != "fsdp")
         if spec.num_layers:
             layer += whole / spec.num_layers
+            stacked += whole / axes["stage"]
         else:
             outside += whole
     rows = config.train.batch_size / config.train.num_microbatches / math.prod(axes[axis] for axis in DATA_AXES)
@@ -70,9 +71,13 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     layers = model.num_layers / axes["stage"]
     tensor, element = axes["tensor"], 2 if model.compute_dtype == "bfloat16" else 4
     hidden = model.gated + 1
-    shared = 2 * model.kv_heads * model.head_dim if any(k.mixer == "attention" for k in model.kinds) else 0
+    shared = (
+        2 * model.kv_heads * model.head_dim
+        if any(k.mixer == "attention" for k in (*model.first_kinds, *model.kinds))
+        else 0
+    )
     width = model.ff_width
-    if any(kind.feedforward == "experts" for kind in model.kinds):
+    if any(kind.feedforward == "experts" for kind in (*model.first_kinds, *model.kinds)):
         width = model.expert_dim * (model.experts_per_token + model.num_shared_experts)
     inside = (2 * model.num_heads * model.head_dim + shared + hidden * width) / tensor
     kept = {
@@ -87,10 +92,10 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     working = tokens * element * (4 * model.width + 1.5 * inside) + (layer + outside) * element + logits
     sets = 1 + (config.train.num_microbatches > 1)
     moments = 0 if config.parallel.offload_optimizer else MOMENTS[config.optimizer.name]
-    transfers = _transfers(config, topology, axes, tokens, layer * layers, outside, held)
+    transfers = _transfers(config, topology, axes, tokens, stacked, outside, held)
     exposed = {axis: s for axis, s in transfers.items() if axis not in HIDDEN}
     hidden_seconds = math.fsum(s for axis, s in transfers.items() if axis not in exposed)
-    memory = 2 * (4 * held * (2 + moments) + activations + element * layer * layers) / chip.hbm_bandwidth
+    memory = 2 * (4 * held * (2 + moments) + activations + element * stacked) / chip.hbm_bandwidth
     seconds = prediction(config, topology, axes["stage"], memory, math.fsum(exposed.values()), 0.0, hidden_seconds)
     return Estimate(
         config, topology, 4 * held, 4 * held * moments, 4 * held * sets, activations, working, seconds, transfers

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformer.config import ConfigError, ModelConfig
 from transformer.huggingface.families import llama
-from transformer.huggingface.families.decoders import biases, only_false, with_defaults, without
+from transformer.huggingface.families.biases import biases
+from transformer.huggingface.families.decoders import only_false, with_defaults, without
 from transformer.huggingface.families.layers import layers, windows_by_type
 from transformer.huggingface.families.llama import LAYER
 from transformer.huggingface.families.rotary import rotary

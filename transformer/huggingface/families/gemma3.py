@@ -8,7 +8,8 @@ from typing import Any
 from transformer.config import ConfigError, ModelConfig
 from transformer.huggingface.families import gemma2, llama
 from transformer.huggingface.families import rotary as spelling
-from transformer.huggingface.families.decoders import biases, only_false, with_defaults
+from transformer.huggingface.families.biases import biases
+from transformer.huggingface.families.decoders import only_false, with_defaults
 from transformer.huggingface.families.layers import layers, whole_number, windows_by_type
 from transformer.huggingface.families.llama import LAYER
 from transformer.huggingface.header import shown

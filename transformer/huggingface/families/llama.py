@@ -1,11 +1,8 @@
 """Llama 1, 2, 3 and 3.x (Touvron et al. 2023, arXiv:2302.13971; Grattafiori et al. 2024, arXiv:2407.21783)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from transformer.config import ConfigError, ModelConfig
+from transformer.huggingface.families.biases import biases
 from transformer.huggingface.families.rotary import rotary
-from transformer.huggingface.table import Family, Key, Line, Translation, linear, norm
+from transformer.huggingface.table import Family, Key, Line, linear, norm
 
 LAYER = "decoder/layers"
 
@@ -54,19 +51,6 @@ SIZES = (
 )
 
 
-def _read_biases(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    attention, mlp = (theirs.get(f"{part}_bias", False) for part in ("attention", "mlp"))
-    if attention != mlp:
-        raise ConfigError(
-            f"attention_bias = {attention!r} with mlp_bias = {mlp!r}: linear maps have biases all or none"
-        )
-    return {"biases": attention}
-
-
-def _write_biases(model: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": model.biases, "mlp_bias": model.biases}
-
-
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -79,7 +63,7 @@ FAMILY = Family(
         Key("tie_word_embeddings", "tied_embeddings", False),
     ),
     constants={"norm": "rmsnorm", "layers": "attention"},
-    translations=(rotary(), Translation(("attention_bias", "mlp_bias"), _read_biases, _write_biases)),
+    translations=(rotary(), biases(has_mlp=True)),
     repeats={"lm_head.weight": "model.embed_tokens.weight"},
     ignored=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

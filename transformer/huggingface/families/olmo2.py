@@ -3,7 +3,8 @@
 import dataclasses
 
 from transformer.huggingface.families import llama
-from transformer.huggingface.families.decoders import PER_HEAD_NORMS, biases, with_defaults
+from transformer.huggingface.families.biases import biases
+from transformer.huggingface.families.decoders import PER_HEAD_NORMS, with_defaults
 from transformer.huggingface.families.layers import layers
 from transformer.huggingface.families.llama import LAYER
 from transformer.huggingface.families.rotary import rotary

@@ -3,7 +3,8 @@
 import dataclasses
 
 from transformer.huggingface.families import llama, qwen2
-from transformer.huggingface.families.decoders import PER_HEAD_NORMS, biases, with_defaults
+from transformer.huggingface.families.biases import biases
+from transformer.huggingface.families.decoders import PER_HEAD_NORMS, with_defaults
 from transformer.huggingface.families.layers import beyond_first, layers, windows_by_type
 from transformer.huggingface.families.rotary import rotary
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformer.config import ConfigError, ModelConfig
 from transformer.huggingface.families import llama, qwen3
+from transformer.huggingface.families.biases import biases
 from transformer.huggingface.families.decoders import (
     PROJECTIONS,
-    biases,
     dense_width,
     experts,
     several_experts,

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformer.config import ConfigError
 from transformer.huggingface.families import llama
-from transformer.huggingface.families.decoders import biases, with_defaults
+from transformer.huggingface.families.biases import biases
+from transformer.huggingface.families.decoders import with_defaults
 from transformer.huggingface.families.layers import Aspect, layers, whole_number, windows_by_type
 from transformer.huggingface.families.rotary import rotary
 from transformer.huggingface.header import shown
