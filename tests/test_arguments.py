@@ -304,7 +304,7 @@ def test_help_of_generate_shows_its_own_options_alone(capsys: pytest.CaptureFixt
 
 def test_every_verb_is_a_function_with_options() -> None:
     for verb, (kind, what) in cli.VERBS.items():
-        assert callable(getattr(cli, verb)) and what
+        assert callable(cli.function_of(verb)) and what
         assert dataclasses.is_dataclass(kind) and dataclasses.fields(kind)[-1].name == "config"
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import keyword
 import math
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from transformer.arguments import parse as parse_options
 from transformer.benchmarks import BENCHMARKS
 from transformer.benchmarks.measure import check_destination
 from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, nearest, place, replace, source_length
+from transformer.huggingface import command as huggingface
+from transformer.huggingface.command import CompareOptions, ExportOptions, ImportOptions
 from transformer.inference import command
 from transformer.inference.command import GenerateOptions
 from transformer.plans.command import PlanOptions
@@ -152,7 +156,7 @@ def evaluate(options: EvaluateOptions) -> int:
         raise ConfigError(f"--baseline: {problem}, which the trigram does")
 
     prepared = prepare_apart(with_window(config), show_progress=not options.as_json)
-    if prepared.fingerprint != run.data_fingerprint:
+    if run.data_fingerprint not in ("", prepared.fingerprint):  # what was imported has no corpus
         raise ConfigError(f"the validation split is not that of the run: the corpus of {options.workdir} has changed")
     prepared = with_examples(prepared, objective_of(config), config)
     with jax.set_mesh(mesh), use_rules(config):
@@ -184,6 +188,18 @@ def generate(options: GenerateOptions) -> int:
         raise ConfigError(problems)
     command.write_texts(options, *_open(options.workdir, options.config))
     return 0
+
+
+def import_(options: ImportOptions) -> int:
+    return huggingface.import_(options)
+
+
+def export(options: ExportOptions) -> int:
+    return huggingface.export(options, *_open(options.workdir, options.config))
+
+
+def compare(options: CompareOptions) -> int:
+    return huggingface.compare(options, *_open(options.workdir, options.config))
 
 
 def study(options: StudyOptions) -> int:
@@ -360,6 +376,9 @@ VERBS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainOptions, "train a model, or go on with a run"),
     "evaluate": (EvaluateOptions, "measure a run on the whole validation split"),
     "generate": (GenerateOptions, "continue prompts, or write about them: draw, or search with beams"),
+    "import": (ImportOptions, "make a run of a published model, of a folder or of the hub"),
+    "export": (ExportOptions, "write a run as transformers reads it"),
+    "compare": (CompareOptions, "compare the model of a run with another's, array by array"),
     "study": (StudyOptions, f"many runs that differ in one thing: {', '.join(STUDIES)}"),
     "benchmark": (BenchmarkOptions, f"what machine and configuration can do: {', '.join(BENCHMARKS)}"),
     "plan": (PlanOptions, "memory, collectives and time of the step on a pod that is not here"),
@@ -379,7 +398,30 @@ def parse(arguments: Sequence[str]) -> Options:
         return _parse_study(rest)
     if verb == "benchmark":
         return _parse_benchmark(rest)
-    return parse_options(VERBS[verb][0], rest, f"transformer {verb}")
+    kind = VERBS[verb][0]
+    return parse_options(kind, _with_flags(kind, rest), f"transformer {verb}")
+
+
+def _with_flags(kind: type[Options], arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments of a verb that takes words, at its begin or at its end, with the words as options."""
+    words, rest = list(getattr(kind, "WORDS", ())), list(arguments)
+    given: list[str] = []
+    while words and rest and rest[0][:1] != "-":
+        given += [f"--{words.pop(0)}", rest.pop(0)]
+    flags = [number for number, argument in enumerate(rest) if argument.startswith("--")]
+    if words and flags:
+        name, equals, _ = rest[flags[-1]].removeprefix("--").partition("=")
+        own = {"json": bool} | typing.get_type_hints(kind)
+        values = 0 if equals or own.get(name.replace("-", "_")) is bool else 1
+        first = max(flags[-1] + 1 + values, len(rest) - len(words))
+        given += [part for pair in zip((f"--{word}" for word in words), rest[first:], strict=False) for part in pair]
+        rest = rest[:first]
+    return [*given, *rest]
+
+
+def function_of(verb: str) -> Any:
+    """Returns the function that carries out a verb: that of its name, with a line after it where Python knows the word."""
+    return getattr(sys.modules[__name__], f"{verb}_" if keyword.iskeyword(verb) else verb)
 
 
 def _list(words: str, known: Mapping[str, tuple[Any, str]]) -> NoReturn:
@@ -431,7 +473,7 @@ def _parse_benchmark(arguments: Sequence[str]) -> Options:
 def run(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status."""
     options = parse(arguments)
-    return getattr(sys.modules[__name__], arguments[0])(options)
+    return function_of(arguments[0])(options)
 
 
 def main() -> None:

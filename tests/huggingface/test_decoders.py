@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,6 +157,25 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(
     theirs = weight("model.layers.2.self_attn.kv_a_proj_with_mqa.weight", [12, 30], 0)
     ours = np.asarray(params["decoder"]["layers"]["mixer"]["rotary_key"]["kernel"][1])
     np.testing.assert_array_equal(ours, theirs[[8, 10, 9, 11]].T)
+
+
+def test_parameters_may_be_stacked_by_another_period(tmp_path: Path) -> None:
+    """A run whose period is longer than it need be has blocks apart that a model that was read has in one stack."""
+    reference = json.loads((REFERENCES / "olmo2.json").read_text())
+    write_folder(tmp_path / "theirs", reference["config"], reference["shapes"], 0)
+    model, params = read(tmp_path / "theirs", mesh_of())
+    assert model.layers == "attention" and model.first_layers is None
+    own = dataclasses.replace(model, first_layers="attention", layers="2*attention")
+    stacked = params["decoder"]["layers"]
+    decoder = {part: tree for part, tree in params["decoder"].items() if part != "layers"}
+    decoder["first"] = jax.tree.map(lambda leaf: leaf[:1], stacked)
+    decoder["layers"] = {"blocks": {n: jax.tree.map(lambda leaf, n=n: leaf[1 + n][None], stacked) for n in (0, 1)}}
+    (tmp_path / "ours").mkdir()
+    write(tmp_path / "ours", family_of("olmo2"), own, params | {"decoder": decoder})
+    again, same = read(tmp_path / "ours", mesh_of())
+    assert again == model and jax.tree.all(jax.tree.map(np.array_equal, params, same))
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["pad_token_id"] is None  # transformers' default is outside this vocabulary
 
 
 def test_the_scale_of_embeddings_is_rounded_as_gemma_rounds_it() -> None:

@@ -25,8 +25,9 @@ PARAMETERS, REST = "params", "rest"
 class Checkpoints:
     """The checkpoints of one run directory. Used as a context manager: leaving waits for the last save."""
 
-    def __init__(self, directory: Any, config: CheckpointConfig | None = None):
-        """Opens `directory`, a Path or an `etils.epath.Path`; without a `config` it is only read."""
+    def __init__(self, directory: Any, config: CheckpointConfig | None = None, compresses: bool = True):
+        """Opens `directory`, a Path or an `etils.epath.Path`; without a `config` it is only read. Compressed parameters take
+        a second time their memory while they are saved."""
         # What goes wrong in a save is raised by the next one, or by `wait`; Orbax logs it as well, with its traceback.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         policies: list[Any] = []
@@ -47,7 +48,9 @@ class Checkpoints:
             read_only=config is None,
             create=config is not None,
         )
-        handlers = {PARAMETERS: ocp.StandardCheckpointHandler(), REST: ocp.StandardCheckpointHandler()}
+        plain = None if compresses else ocp.PyTreeCheckpointHandler(use_compression=False)
+        handlers = {PARAMETERS: plain or ocp.StandardCheckpointHandler(), REST: ocp.StandardCheckpointHandler()}
+        self._parameters_of = ocp.args.StandardSave if compresses else ocp.args.PyTreeSave
         self._directory = directory.absolute() if isinstance(directory, Path) else directory
         with _disk_errors(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
@@ -81,7 +84,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         metrics = None if validation_loss is None else {"validation_loss": min(math.inf, validation_loss)}
-        items = {PARAMETERS: ocp.args.StandardSave(params), REST: ocp.args.StandardSave(rest)}
+        items = {PARAMETERS: self._parameters_of(params), REST: ocp.args.StandardSave(rest)}
         shards = [shard for leaf in jax.tree.leaves((params, rest)) for shard in leaf.addressable_shards]
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) + 2**20  # and metadata
         if isinstance(self._directory, Path) and shutil.disk_usage(self._directory).free < needed:

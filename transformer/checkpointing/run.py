@@ -71,7 +71,7 @@ def open_run(workdir: Path, config: Config, prepared: Prepared, is_writer: bool)
         problems = importlib.import_module("transformer.checkpointing.fixed").contradictions(run.config, config)
         if run.tokenizer.fingerprint != prepared.tokenizer.fingerprint:
             problems.append("data.tokenizer: the run was trained with another tokenizer")
-        elif run.data_fingerprint != prepared.fingerprint:
+        elif run.data_fingerprint not in ("", prepared.fingerprint):  # what was imported has no corpus
             problems.append("data: the run was trained on another corpus, or the files of the corpus have changed")
         if problems:
             advice = "start in another --workdir, or give the run's own values"

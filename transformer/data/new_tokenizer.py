@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformer.config import ConfigError
-from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer
+from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer, numbers_in, settings_in
 from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, load_tokenizer
 
@@ -14,12 +14,17 @@ from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, load_toke
 def read_tokenizer(kind: str, name: str) -> Tokenizer:
     """Returns the tokenizer in the file, or saved directory, at data.tokenizer_path. Raises ConfigError."""
     path = Path(name).expanduser()
+    if kind == "huggingface" and (path / "tokenizer.json").is_file():
+        path /= "tokenizer.json"
     if path.is_dir():
         return load_tokenizer(path)
     if not path.is_file():
         raise ConfigError(f"data.tokenizer_path = {name!r} does not exist")
     if kind == "huggingface":
-        return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name)
+        return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name, settings_in(path.parent))
+    if (path.parent / "config.json").is_file():  # of a published model, which may begin and end texts in its own way
+        ends = {key.removesuffix("_token"): number for key, number in numbers_in(path.parent).items()}
+        return SentencePieceTokenizer(path.read_bytes(), name, ends)
     return SentencePieceTokenizer(path.read_bytes(), name)
 
 

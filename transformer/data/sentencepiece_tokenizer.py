@@ -13,19 +13,28 @@ _ENCODE_CHARACTERS = 2**20  # SentencePiece's memory grows by about a hundred by
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226): one that we trained, or any other."""
+    """A SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226): one that we trained, or any other.
 
-    def __init__(self, model: bytes, where: str = "tokenizer.model"):
+    What begins and ends a document is known to it, unless the model that it belongs to has other `ends`.
+    """
+
+    def __init__(self, model: bytes, where: str = "tokenizer.model", ends: dict[str, int] | None = None):
         self._model, self.fingerprint = model, hash_of("sentencepiece", model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"data.tokenizer_path = {where!r} is not a SentencePiece model: {error}") from error
-        ends = [i for i in (self._processor.bos_id(), self._processor.eos_id()) if i >= 0]
-        if not ends:
+        own = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id()}
+        self._ends = {
+            key: value for key, value in (ends or {}).items() if value < self.vocab_size and value != own[key]
+        }
+        found = [i for i in (own | self._ends).values() if i >= 0]
+        if not found:
             raise ConfigError(f"data.tokenizer_path = {where!r} has neither a token for the begin nor for the end")
-        self.bos, self.eos = ends[0], ends[-1]
+        self.bos, self.eos = found[0], found[-1]
+        if self._ends:
+            self.fingerprint = hash_of("sentencepiece", model + str(sorted(self._ends.items())).encode())
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_bytes = [] if self._processor.unk_id() in pieces else pieces
         self._is_text = np.array([not self._processor.is_control(i) for i in range(self.vocab_size)])
@@ -47,8 +56,8 @@ class SentencePieceTokenizer:
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.model", self._model)
-        save_config(directory, kind="sentencepiece")
+        save_config(directory, kind="sentencepiece", **self._ends)
 
     @classmethod
-    def load(cls, directory: Path) -> "SentencePieceTokenizer":
-        return cls((directory / "tokenizer.model").read_bytes(), str(directory))
+    def load(cls, directory: Path, **ends: int) -> "SentencePieceTokenizer":
+        return cls((directory / "tokenizer.model").read_bytes(), str(directory), ends)

@@ -114,9 +114,9 @@ def open_regular(path: Path) -> Any:
 def read_json(path: Path) -> Any:
     """Returns what a JSON file says; raises ConfigError if it is none, names a key twice, or is absurdly long."""
     with open_regular(path) as file:
-        content = file.read(LONGEST + 1)
-    if len(content) > LONGEST:
-        raise ConfigError(f"{path} is longer than {LONGEST:,} bytes")
+        if (size := os.fstat(file.fileno()).st_size) > LONGEST:
+            raise ConfigError(f"{path} is longer than {LONGEST:,} bytes")
+        content = file.read(size)
     return parse_json(content, str(path))
 
 

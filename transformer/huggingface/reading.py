@@ -1,12 +1,15 @@
 """Parameters from a folder, straight into sharded arrays: each process reads what its devices hold, and nothing else."""
 
+import functools
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,6 +24,12 @@ from transformer.parallel.sharding import sharding
 
 Held = dict[tuple[int, ...], tuple[Stored, Tensor, Piece]]
 """What one of our arrays is read from, by layer and expert."""
+
+Block = tuple[tuple[int, ...], np.ndarray]
+"""A part of a shard: where it begins, and its values."""
+
+LARGE = 2**25
+"""Bytes of a shard from which on it is filled part by part where it lies."""
 
 
 def read(path: Path, mesh: Mesh) -> tuple[ModelConfig, Tree]:
@@ -45,30 +54,48 @@ def read_parameters(folder: Folder, family: Family, model: ModelConfig, mesh: Me
     tree: Tree = {}
     for path, spec in flat_specs(model).items():
         layout = sharding(mesh, spec.axes, spec.shape)
-
-        def shard(index: Any, spec: ParameterSpec = spec, held: Held = held[path]) -> np.ndarray:
-            return _read_shard(spec, held, index)
-
         *parents, name = path.split("/")
         inside = tree
         for parent in parents:
             inside = inside.setdefault(parent, {})
-        inside[name] = _make_array(spec.shape, layout, shard)
+        inside[name] = _make_array(spec, layout, held[path])
     return tree
 
 
-def _make_array(shape: tuple[int, ...], layout: Any, shard: Any) -> jax.Array:
+def _make_array(spec: ParameterSpec, layout: Any, held: Held) -> jax.Array:
     """Returns an array made shard by shard, of which devices that hold the same one read it once."""
-    indices = layout.addressable_devices_indices_map(shape)
     made: dict[Any, list[Any]] = {}
-    for device, index in indices.items():
-        made.setdefault(tuple((part.start, part.stop) for part in index), []).append((device, index))
+    for device, index in layout.addressable_devices_indices_map(spec.shape).items():
+        bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
+        made.setdefault(tuple(bounds), []).append(device)
     arrays = []
-    for devices in made.values():
-        values = shard(devices[0][1])
-        arrays += [jax.device_put(values, device) for device, _ in devices]
-        jax.block_until_ready(arrays[-len(devices) :])
-    return jax.make_array_from_single_device_arrays(shape, layout, arrays)
+    for bounds, (first, *others) in made.items():
+        shape = [len(bound) for bound in bounds]
+        # A large one is filled where it lies: a copy on the host would be memory that no array is left of.
+        make = _filled_in_place if 4 * math.prod(shape) > LARGE else _filled_on_host
+        arrays.append(make(shape, _blocks(held, bounds), first))
+        arrays += [jax.device_put(arrays[-1], device) for device in others]
+    return jax.make_array_from_single_device_arrays(spec.shape, layout, arrays)
+
+
+def _filled_on_host(shape: list[int], blocks: Iterator[Block], device: Any) -> jax.Array:
+    values = np.zeros(shape, np.float32)
+    for starts, block in blocks:
+        values[tuple(slice(start, start + size) for start, size in zip(starts, block.shape, strict=True))] = block
+    return jax.device_put(values, device)
+
+
+def _filled_in_place(shape: list[int], blocks: Iterator[Block], device: Any) -> jax.Array:
+    values = jnp.zeros(shape, jnp.float32, device=device)
+    for starts, block in blocks:
+        # Waited for, so that no more than one block is under way.
+        values = jax.block_until_ready(_put(values, np.ascontiguousarray(block), tuple(map(np.int32, starts))))
+    return values
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(values: jax.Array, block: Any, starts: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(values, block, starts)
 
 
 def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Held]:
@@ -132,52 +159,40 @@ def _same(one: Stored, other: Stored | None) -> bool:
     )
 
 
-def _read_shard(spec: ParameterSpec, held: Held, index: tuple[slice, ...]) -> np.ndarray:
-    """Returns one shard of one of our arrays."""
-    bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
-    # Made once and filled: rows of padding stay zero.
-    values = np.zeros([len(bound) for bound in bounds], np.float32)
-    leading = len(next(iter(held)))
+def _blocks(held: Held, bounds: tuple[range, ...]) -> Iterator[Block]:
+    """Yields what is within `bounds` of one of our arrays, part by part; rows of padding are in none."""
     for at, (stored, tensor, piece) in held.items():
         if all(number in bound for number, bound in zip(at, bounds, strict=False)):
-            place = tuple(number - bound.start for number, bound in zip(at, bounds, strict=False))
-            _fill(values[place], stored, tensor, piece, bounds[leading:])
-    return values
+            first = tuple(number - bound.start for number, bound in zip(at, bounds, strict=False))
+            for starts, values in _parts(stored, tensor, piece, bounds[len(at) :]):
+                yield (*first, *starts), values.reshape(*[1] * len(at), *values.shape)
 
 
-def _fill(target: np.ndarray, stored: Stored, tensor: Tensor, piece: Piece, bounds: list[range]) -> None:
-    """Fills `target`, the part of ours within `bounds`, from a tensor of theirs."""
+def _parts(stored: Stored, tensor: Tensor, piece: Piece, bounds: tuple[range, ...]) -> Iterator[Block]:
+    """Yields what is within `bounds` of one layer or expert of ours, from a tensor of theirs."""
     line = tensor.line
-    if line.transposed:
-        target, bounds = target.T, bounds[::-1]
-    bounds = [
-        range(bound.start, min(bound.stop, size)) for bound, size in zip(bounds, _own_shape(tensor, piece), strict=True)
-    ]
-    if not all(bounds):
-        return
-    places = piece.places[bounds[line.axis].start : bounds[line.axis].stop]
-    low, high = int(places.min()), int(places.max()) + 1
-    cut = [slice(bound.start, bound.stop) for bound in bounds]
-    cut[line.axis] = slice(low, high)
-    plain = len(places) == high - low and bool(np.all(np.diff(places) == 1))
-    within = np.full(high - low, -1)
-    within[places - low] = np.arange(len(places))
-    for rows, portion in read_slice(stored, tuple(cut)):
-        own: Any = rows
-        if not plain and line.axis == 0:
-            own = within[rows]
-            portion, own = portion[own >= 0], own[own >= 0]
-        elif not plain:
-            portion = np.take(portion, places - low, axis=line.axis)
-        values = portion.astype(np.float32)
-        part = target[tuple(slice(0, len(bound)) for bound in bounds)]
-        part[own] = values + np.float32(line.offset) if line.offset else values
-
-
-def _own_shape(tensor: Tensor, piece: Piece) -> tuple[int, ...]:
     shape = list(tensor.shape)
-    shape[tensor.line.axis] = len(piece.places)
-    return tuple(shape)
+    shape[line.axis] = len(piece.places)
+    turned = bounds[::-1] if line.transposed else bounds
+    inside = [range(bound.start, min(bound.stop, size)) for bound, size in zip(turned, shape, strict=True)]
+    if not all(inside):
+        return
+    places = piece.places[inside[line.axis].start : inside[line.axis].stop]
+    low, high = int(places.min()), int(places.max()) + 1
+    cut = [slice(bound.start, bound.stop) for bound in inside]
+    cut[line.axis] = slice(low, high)
+
+    def ours(values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float32) + np.float32(line.offset) if line.offset else values.astype(np.float32)
+        return values.T if line.transposed else values
+
+    if np.array_equal(places, np.arange(low, high)):
+        for rows, portion in read_slice(stored, tuple(cut)):
+            starts = (rows.start, *[0] * (portion.ndim - 1))
+            yield starts[::-1] if line.transposed else starts, ours(portion)
+    else:
+        whole = np.concatenate([portion for _, portion in read_slice(stored, tuple(cut))])
+        yield (0,) * whole.ndim, ours(np.take(whole, places - low, axis=line.axis))
 
 
 def names_of(model: ModelConfig, family: Family) -> Mapping[str, list[str]]:

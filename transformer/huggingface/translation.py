@@ -142,6 +142,11 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     return theirs
 
 
+def laid_out(model: ModelConfig) -> ModelConfig:
+    """Returns the canonical model with layers in the period of the model at hand, as its parameters are stacked."""
+    return dataclasses.replace(canonical(model), first_layers=model.first_layers, layers=model.layers)
+
+
 def canonical(model: ModelConfig) -> ModelConfig:
     """Returns the model with what it derives filled in, and what it does not use, or only trains with, at its default.
 

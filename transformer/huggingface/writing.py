@@ -1,6 +1,5 @@
 """Parameters into a folder: config.json and safetensors, tensor by tensor, in shards with an index where one would be too long."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from transformer.config import ModelConfig
 from transformer.huggingface.folder import INDEX, WEIGHTS
 from transformer.huggingface.table import Family, Tensor, tensors_of
-from transformer.huggingface.translation import canonical, write_config
+from transformer.huggingface.translation import laid_out, write_config
 from transformer.models.parameters import Tree
 
 DType = Literal["float32", "bfloat16"]
@@ -37,11 +36,11 @@ def write(
 
     Raises ConfigError if the family cannot say what the model is. In a file that is there already nothing is kept.
     """
-    own, model = model, canonical(model)
-    config = write_config(family, model) | {"dtype": dtype, "torch_dtype": dtype} | dict(more or {})
+    # Left out, they would be those of transformers' default, which may lie outside the vocabulary.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = write_config(family, model) | ids | {"dtype": dtype, "torch_dtype": dtype} | dict(more or {})
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    # Parameters are stacked as the model at hand says; another period of the same layers would stack others together.
-    model = dataclasses.replace(model, first_layers=own.first_layers, layers=own.layers)
+    model = laid_out(model)
     tensors = tensors_of(family, model)
     itemsize = np.dtype(TYPES[dtype][1]).itemsize
     shards: list[list[Tensor]] = [[]]

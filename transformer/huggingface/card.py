@@ -1,0 +1,57 @@
+"""The model card of an exported run: what was trained, for how long, and how well it did."""
+
+import json
+from typing import Any
+
+from transformer.checkpointing.run import Run
+from transformer.config import ModelConfig, to_json
+from transformer.huggingface.table import Family
+
+
+def model_card(run: Run, model: ModelConfig, step: int, family: Family, dtype: str, notes: list[str]) -> str:
+    """Returns README.md, with the metadata that the hub reads at its head."""
+    last = last_metrics(run, step)
+    rows = {
+        "steps": f"{step:,}",
+        "architecture": f"{family.architecture} ({family.model_type}), {model.num_layers} layers of width {model.width}",
+        "parameters' type": dtype,
+        "vocabulary": f"{model.vocab_size:,}",
+        "objective": run.config.objective.name,
+        "data": ", ".join(run.config.data.path or run.config.data.source),
+        "seed": f"{run.config.seed}",
+    }
+    rows |= {name: f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for name, value in last.items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    told = "".join(f"\n{note}\n" for note in notes)
+    return f"""---
+library_name: transformers
+tags:
+- {family.model_type}
+---
+
+# {run.workdir.name}
+
+Trained with `transformer`, and exported to the layout of Hugging Face.
+{told}
+| | |
+|---|---|
+{table}
+
+The whole configuration of the run:
+
+```json
+{to_json(run.config)}```
+"""
+
+
+def last_metrics(run: Run, step: int) -> dict[str, Any]:
+    """Returns what metrics.jsonl says of tokens and losses at the last of its steps up to `step`."""
+    path = run.workdir / "metrics.jsonl"
+    found: dict[str, Any] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        record = json.loads(line)
+        if record["step"] <= step:
+            loss = f"{record['split']} loss, nats"
+            found |= {"tokens": record["tokens"]} if record["split"] == "train" else {}
+            found[loss] = float(record["loss"])
+    return found
