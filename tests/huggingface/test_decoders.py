@@ -18,6 +18,7 @@ from transformer.huggingface.families import family_of
 from transformer.huggingface.reading import read
 from transformer.huggingface.table import kinds_of, layers_of
 from transformer.huggingface.translation import canonical, read_config, write_config
+from transformer.huggingface.writing import write
 
 ALL = VARIANTS | MORE
 
