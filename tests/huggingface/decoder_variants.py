@@ -55,16 +55,18 @@ def _yarn(**more: float) -> dict[str, Any]:
 
 _PER_TYPE = {"rope_parameters": {"full_attention": _LINEAR, "sliding_attention": _LOCAL}}
 
+_TWO = {"num_hidden_layers": 2}
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    "qwen2-windows": _QWEN2 | _WINDOWS,
-    "qwen3": _QWEN3,
-    "qwen3_moe-mixed": _QWEN3_MOE | {"mlp_only_layers": [1]},
-    "gemma2": _GEMMA2,
-    "gemma3-linear": _GEMMA3 | _PER_TYPE | {"num_hidden_layers": 4, "sliding_window_pattern": 3},
-    "olmo2": _OLMO2,
-    "smollm3": _SMOLLM3 | {"no_rope_layer_interval": 2},
-    "mixtral": _MIXTRAL,
-    "deepseek_v3-yarn": _DEEPSEEK | _yarn(mscale=1.0, mscale_all_dim=0.5),
+    "qwen2-windows": _QWEN2 | _WINDOWS | _TWO,
+    "qwen3": _QWEN3 | _TWO,
+    "qwen3_moe-mixed": _QWEN3_MOE | {"mlp_only_layers": [1]} | _TWO,
+    "gemma2": _GEMMA2 | _TWO,
+    "gemma3-linear": _GEMMA3 | _PER_TYPE | {"sliding_window_pattern": 2},
+    "olmo2": _OLMO2 | _TWO,
+    "smollm3": _SMOLLM3 | {"no_rope_layer_interval": 2} | _TWO,
+    "mixtral": _MIXTRAL | _TWO,
+    "deepseek_v3-yarn": _DEEPSEEK | _yarn(mscale=1.0, mscale_all_dim=0.5) | _TWO,
 }
 
 MORE: dict[str, dict[str, Any]] = {

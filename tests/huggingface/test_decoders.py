@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_variants import MORE, VARIANTS
-from logits import mesh_of
-from references import REFERENCES, weight, write_folder
+from logits import difference, mesh_of, of_texts, our_logits, padded
+from references import COLUMNS, REFERENCES, texts, weight, write_folder
 
 from transformer.config import ConfigError, ModelConfig
 from transformer.huggingface.families import family_of
@@ -73,7 +73,7 @@ def test_a_config_is_translated_there_and_back(name: str) -> None:
             {"rope_parameters": {"rope_theta": 5.0, "full_attention": 3}},
             "must have an object for full_attention",
         ),
-        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers = [1, 0]: must be a list of 0 (none) and 1 (rotary)"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers = [1]: must be a list of 0 (none) and 1 (rotary)"),
         ("deepseek_v3", {"v_head_dim": 8}, "qk_nope_head_dim = 6 with v_head_dim = 8"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05: transformers' norms of latents add 1e-06"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias = True: deepseek_v3 is read with False alone"),
@@ -149,28 +149,48 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     reference = json.loads((REFERENCES / "deepseek_v3-yarn.json").read_text())
-    more = {"model.layers.3.eh_proj.weight": [30, 60], "model.layers.3.enorm.weight": [30]}
+    more = {"model.layers.2.eh_proj.weight": [30, 60], "model.layers.2.enorm.weight": [30]}
     write_folder(tmp_path, reference["config"], reference["shapes"] | more, 0)
     _, params = read(tmp_path, mesh_of())
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "2 tensors, model.layers.3." in said and "are left out" in said and "num_nextn_predict_layers" in said
+    assert "2 tensors, model.layers.2." in said and "are left out" in said and "num_nextn_predict_layers" in said
     # The planes of rotary positions: neighbours there, half the width apart here.
-    theirs = weight("model.layers.2.self_attn.kv_a_proj_with_mqa.weight", [12, 30], 0)
-    ours = np.asarray(params["decoder"]["layers"]["mixer"]["rotary_key"]["kernel"][1])
+    theirs = weight("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", [12, 30], 0)
+    ours = np.asarray(params["decoder"]["layers"]["mixer"]["rotary_key"]["kernel"][0])
     np.testing.assert_array_equal(ours, theirs[[8, 10, 9, 11]].T)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("deepseek_v3-yarn", {"fsdp": 2, "expert": 2, "replica": 2}),
+        ("gemma3-linear", {"fsdp": 4, "tensor": 2}),
+        ("olmo2", {"fsdp": 4, "tensor": 2}),
+    ],
+)
+def test_logits_on_eight_devices(name: str, axes: dict[str, int], tmp_path: Path) -> None:
+    reference = json.loads((REFERENCES / f"{name}.json").read_text())
+    write_folder(tmp_path, reference["config"], reference["shapes"], 0)
+    mesh, batch = mesh_of(**axes), padded(texts(0), rows=8)
+    model, params = read(tmp_path, mesh)
+    found = [text[:, :COLUMNS] for text in of_texts(our_logits(model, params, mesh, batch), batch, texts(0), False)]
+    assert difference(found, [np.array(text) for text in reference["logits"]]) < 1e-4
+
+
 def test_parameters_may_be_stacked_by_another_period(tmp_path: Path) -> None:
-    """A run whose period is longer than it need be has blocks apart that a model that was read has in one stack."""
+    """A run may have layers apart that a model that was read has in one stack."""
     reference = json.loads((REFERENCES / "olmo2.json").read_text())
     write_folder(tmp_path / "theirs", reference["config"], reference["shapes"], 0)
     model, params = read(tmp_path / "theirs", mesh_of())
     assert model.layers == "attention" and model.first_layers is None
-    own = dataclasses.replace(model, first_layers="attention", layers="2*attention")
+    own = dataclasses.replace(model, first_layers="attention")
     stacked = params["decoder"]["layers"]
-    decoder = {part: tree for part, tree in params["decoder"].items() if part != "layers"}
-    decoder["first"] = jax.tree.map(lambda leaf: leaf[:1], stacked)
-    decoder["layers"] = {"blocks": {n: jax.tree.map(lambda leaf, n=n: leaf[1 + n][None], stacked) for n in (0, 1)}}
+    apart = {
+        "first": jax.tree.map(lambda leaf: leaf[:1], stacked),
+        "layers": jax.tree.map(lambda leaf: leaf[1:], stacked),
+    }
+    decoder = params["decoder"] | apart
     (tmp_path / "ours").mkdir()
     write(tmp_path / "ours", family_of("olmo2"), own, params | {"decoder": decoder})
     again, same = read(tmp_path / "ours", mesh_of())
