@@ -156,7 +156,7 @@ def test_layers_that_predict_further_tokens_are_left_out_and_said(
     assert "2 tensors, model.layers.2." in said and "are left out" in said and "num_nextn_predict_layers" in said
     # The planes of rotary positions: neighbours there, half the width apart here.
     theirs = weight("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", [12, 30], 0)
-    ours = np.asarray(params["decoder"]["layers"]["mixer"]["rotary_key"]["kernel"][0])
+    ours = np.asarray(params["decoder"]["layers"]["blocks"][1]["mixer"]["rotary_key"]["kernel"][0])
     np.testing.assert_array_equal(ours, theirs[[8, 10, 9, 11]].T)
 
 

@@ -57,8 +57,9 @@ def read_parameters(folder: Folder, family: Family, model: ModelConfig, mesh: Me
     tree: Tree = {}
     for path, spec in flat_specs(model).items():
         layout = sharding(mesh, spec.axes, spec.shape)
-        *parents, name = path.split("/")
-        inside = tree
+        # Blocks of a period are counted, here as in parameters that were initialised.
+        *parents, name = (int(part) if part.isdigit() else part for part in path.split("/"))
+        inside: Any = tree
         for parent in parents:
             inside = inside.setdefault(parent, {})
         inside[name] = _make_array(spec, layout, held[path])
