@@ -121,8 +121,14 @@ def test_all_tensors_that_lack_or_are_too_many_are_named(folder: Path) -> None:
         ({"num_hidden_layers": 10_000}, "config.json says 10,000 layers, and there are 21 tensors"),
         ({"attention_bias": True}, "attention_bias = True with mlp_bias = False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: llama is read with None alone"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2}}, "rope_parameters.rope_type = 'longrope' is none of"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 7}}, "beta_fast = 7 is read with 32 alone"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2}},
+            "rope_parameters.rope_type = 'longrope' is none of",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "beta_fast": 7}},
+            "beta_fast = 7 is read with 32 alone",
+        ),
     ],
 )
 def test_a_config_that_cannot_be(folder: Path, changes: dict[str, Any], expected: str) -> None:

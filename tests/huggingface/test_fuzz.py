@@ -94,7 +94,9 @@ def damage_header(path: Path, rng: random.Random) -> None:
     elif kind == 1:
         header[name]["shape"] = rng.choice([[2**40, 2**40], [-1], [], "x", [1.5], [2**62] * 60, [0], [[1]], [1] * 1000])
     elif kind == 2:
-        header[name]["data_offsets"] = rng.choice([[0, 2**62], [5, 3], [-4, 0], [0], [0, 1, 2], None, [0, 4], ["a", "b"]])
+        header[name]["data_offsets"] = rng.choice(
+            [[0, 2**62], [5, 3], [-4, 0], [0], [0, 1, 2], None, [0, 4], ["a", "b"]]
+        )
     elif kind == 3:
         header[rng.choice([f"{name}.twin", "", "model.layers.99999.x", "__metadata__"])] = header[name]
     elif kind == 4:
@@ -133,7 +135,9 @@ def damage_index(path: Path, rng: random.Random) -> None:
 def damage_config(path: Path, rng: random.Random) -> None:
     config = json.loads(path.read_text())
     for _ in range(rng.randrange(1, 3)):
-        inside = config["rope_scaling"] if isinstance(config.get("rope_scaling"), dict) and rng.random() < 0.3 else config
+        inside = (
+            config["rope_scaling"] if isinstance(config.get("rope_scaling"), dict) and rng.random() < 0.3 else config
+        )
         key = rng.choice([*inside, "quantization_config", "rope_parameters", "rope_scaling"])
         if rng.random() < 0.2:
             inside.pop(key, None)
