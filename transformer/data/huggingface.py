@@ -37,10 +37,11 @@ def load(name: str, cache_dir: Path, split: str = "") -> tuple[str, Any]:
             raise
         raise ConfigError(f"data.source = 'hf:{name}': {error}") from error
     if isinstance(found, datasets.DatasetDict):
-        if split and split not in found:
-            known = f"{', '.join(found)}{nearest(split, tuple(found))}"
+        splits = [str(one) for one in found]
+        if split and split not in splits:
+            known = f"{', '.join(splits)}{nearest(split, splits)}"
             raise ConfigError(f"data.validation_split = {split!r}: {name} has the splits {known}")
-        found = found[split or ("train" if "train" in found else next(iter(found)))]
+        found = found[split or ("train" if "train" in splits else splits[0])]
     elif split:
         raise ConfigError(f"data.validation_split = {split!r}: hf:{name} is one split without a name")
     # `datasets` has no public name for the state of a table; this one follows its files and transformations.

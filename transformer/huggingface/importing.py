@@ -71,7 +71,7 @@ def run_config(model: ModelConfig, config: Config, kind: str, tokenizer: Path, m
     data: dict[str, Any] = {**absolute(config.data), "tokenizer": kind, "tokenizer_path": str(tokenizer)}
     if model.positions == "learned" and model.num_positions:
         data["sequence_length"] = min(config.data.sequence_length, model.num_positions)
-    objective = {} if model.architecture == "decoder" else {"name": OBJECTIVES[model.architecture]}
+    objective: dict[str, Any] = {} if model.architecture == "decoder" else {"name": OBJECTIVES[model.architecture]}
     if model.num_labels:
         objective = {"name": "sequence_classification" if model.pooler else "token_classification"}
     objective = objective if config.objective.name == "causal" else {}

@@ -246,7 +246,7 @@ def read(
         alpha = float(_of(given.get("alpha_pattern"), name, given.get("lora_alpha", 8)))
         scale = alpha / rank**power
         for path, part in _parts(tensor, pieces, down, up, magnitude).items():
-            pieces_found.setdefault(path, {})[pieces[path].at] = part | {"scale": np.float64(scale)}
+            pieces_found.setdefault(path, {})[pieces[path].at] = part | {"scale": np.asarray(scale)}
             scales.append((scale, part["lora_a"].shape[1]))
     problems += [f"{shown(name)} {tensor.shape} is of no linear map of the base" for name, tensor in left.items()]
     if not scales:
@@ -335,7 +335,7 @@ def _tree(flat: Mapping[str, Any]) -> Tree:
     tree: Tree = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
-        inside = tree
+        inside: dict[Any, Any] = tree
         for name in parents:
             inside = inside.setdefault(int(name) if name.isdigit() else name, {})
         inside[last] = leaf

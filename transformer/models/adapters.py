@@ -107,7 +107,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def linear_maps(module: nnx.Module, kind: type[ModuleT] = Linear) -> dict[Path, ModuleT]:
     """Returns the linear maps of the layers by their paths among the parameters: all whose matrix is one to an optimizer."""
-    found = {path: part for path, part in nnx.iter_graph(module) if isinstance(part, kind)}
+    found: dict[Path, Any] = {path: part for path, part in nnx.iter_graph(module) if isinstance(part, kind)}
     return {path: part for path, part in found.items() if isinstance(part, AdaptedLinear) or _is_matrix(part)}
 
 
@@ -161,7 +161,7 @@ def _matches(path: Sequence[str | int], patterns: Sequence[str]) -> bool:
 
 def _absorbed(model: Transformer) -> set[Path]:
     """Returns the maps whose matrices decoding multiplies with others, so that they have to be matrices."""
-    layers = [path for path, part in nnx.iter_graph(model) if isinstance(part, LatentAttention)]
+    layers: list[Path] = [path for path, part in nnx.iter_graph(model) if isinstance(part, LatentAttention)]
     return {(*path, name) for path in layers for name in ("key", "value")}
 
 
@@ -198,7 +198,7 @@ def adapters(model: Transformer) -> dict[Path, AdaptedLinear]:
     return {path: part for path, part in linear_maps(model, AdaptedLinear).items() if part.lora_a is not None}
 
 
-def at(tree: Tree, path: Path) -> Tree:
+def at(tree: Any, path: Path) -> Tree:
     """Returns the part of a tree at a path."""
     for name in path:
         tree = tree[name]

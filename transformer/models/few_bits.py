@@ -58,7 +58,7 @@ def quantize(
 def matrix(codes: Num[Array, "... J O"], scales: Float[Array, "... G O"], kind: str) -> Float[Array, "... I O"]:
     """Returns the matrices that codes stand for."""
     if codes.ndim > 2:
-        return jax.lax.map(lambda layer: matrix(*layer, kind), (codes, scales))
+        return jax.lax.map(lambda layer: matrix(layer[0], layer[1], kind), (codes, scales))
     if codes.dtype == jnp.uint8:
         codes = jnp.stack([codes & 15, codes >> 4], axis=1).reshape(-1, codes.shape[1])
         if kind == "int4":  # back from two's complement

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,10 @@ def run(options: PlanOptions) -> int:
     if options.search:
         from transformer.plans.search import search
 
-        found = search(known_vocabulary(config), topology, options.candidates, options.axes)
+        def tell(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        found = search(known_vocabulary(config), topology, options.candidates, options.axes, tell=tell)
         print(report.search_text(found, topology))
         record: Any = [report.record_of(item.compiled) for item in found.ranked if item.compiled]
         if not found.ranked:

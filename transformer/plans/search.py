@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformer.config import MESH_AXES, Config, mesh_axes, problems_of, replace
@@ -69,10 +69,11 @@ def search(
     num_compiled: int = 3,
     axes: Sequence[str] = MESH_AXES,
     num_periods: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """Returns the fastest settings: `num_compiled` of those that arithmetic says are fast and fit, compiled and ranked.
 
-    One that does not fit after all is replaced by the next.
+    One that does not fit after all is replaced by the next. `tell` is told what is compiled, which takes a minute each.
     """
     refused: Counter[str] = Counter()
     sound: list[Estimate] = []
@@ -93,6 +94,7 @@ def search(
                 slower = other.seconds.step_seconds / best
                 lost.append(Candidate(other, f"{slower:.2f} times as long by arithmetic: {other.slowest}"))
             break
+        tell(f"compiling {number + 1} of {len(fitting)}: {setting_text(item.config, topology)}")
         compiled = compile_for(item.config, topology, num_periods)
         if compiled.fits:
             ranked.append(Candidate(item, "", compiled, predict(compiled)))

@@ -80,7 +80,8 @@ def referenced(
     tables = {name: _scores(config, prepared, name, model, mesh, params) for name in SPLITS}
     if is_writer:
         content = io.BytesIO()
-        np.savez(content, fingerprint=np.array(prepared.fingerprint), **tables)
+        arrays: dict[str, Any] = {"fingerprint": np.array(prepared.fingerprint), **tables}
+        np.savez(content, **arrays)
         write_atomically(directory / FILE, content.getvalue())
     return _with(prepared, tables)
 

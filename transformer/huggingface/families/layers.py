@@ -103,7 +103,7 @@ def windows_by_type(
         return flags, {"window": width} if any(flags) else {}
 
     def write(model: ModelConfig, flags: Sequence[bool]) -> dict[str, Any]:
-        theirs = {"layer_types": [types[flag] for flag in flags]}
+        theirs: dict[str, Any] = {"layer_types": [types[flag] for flag in flags]}
         theirs["sliding_window"] = model.window if any(flags) else None
         return theirs | ({"use_sliding_window": any(flags)} if has_switch else {})
 
