@@ -67,7 +67,8 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/pyright & types=$$!; $(BIN)/pytest --quiet --numprocesses $(WORKERS) --dist worksteal $(ARGS) && wait $$types
 
-# Layouts and collectives of recipes, as files in tests/goldens; the collectives are those of the release of JAX at hand.
+# Layouts and collectives of recipes, as files in tests/goldens; the collectives are those of the release of libtpu at hand,
+# and stay as they are where there is none.
 goldens: export REWRITE_GOLDENS := 1
 goldens: $(INSTALLED)
 	$(BIN)/pytest --quiet -m 'slow or not slow' tests/parallel/test_goldens.py $(ARGS)

@@ -1,60 +1,60 @@
 """Layouts and collectives of recipes, as files that a change shows in: `make goldens` writes them anew.
 
-Each recipe keeps its widths and has two periods of layers. Arrays are laid out without a device; the collectives are those of
-the step compiled for eight simulated ones, which depend on the release of XLA that the file names.
+Each recipe keeps its widths and has two periods of layers. Arrays are laid out without a device; the collectives are those that
+`transformer plan` reads in the step that libtpu compiles for a topology, and depend on its release, which the file names.
 """
 
-import math
+import importlib.metadata
+import importlib.util
+import json
 import os
-import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from transformer.arguments import load_config
+from transformer.benchmarks.measure import own_process
 from transformer.checkpointing.run import resolve
-from transformer.config import MESH_AXES, Config, replace
+from transformer.config import MESH_AXES, Config, replace, to_json
 from transformer.models.parameters import is_spec, parameter_specs
 from transformer.models.transformer import Transformer
-from transformer.objectives import objective_of, vocabulary, with_window
+from transformer.objectives import vocabulary, with_window
 from transformer.optimizers import make_optimizer
-from transformer.parallel.sharding import batch_sharding, make_mesh, use_rules
-from transformer.training.state import abstract_state, state_shardings
-from transformer.training.step import compile_step, make_train_step
+from transformer.parallel.sharding import use_rules
+from transformer.training.state import state_shardings
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 REWRITES = "REWRITE_GOLDENS" in os.environ
 LENGTH, ROWS = 128, 8
 
+# Recipe, split, and topology: eight chips in one slice or several.
 PAIRS = (
-    ("gpt2_124m", "fsdp=8"),
-    ("gpt2_124m", "replica=2 tensor=4"),
-    ("llama_1b", "fsdp=8"),
-    ("llama_1b", "fsdp=2 tensor=4 sequence_sharding"),
-    ("llama_1b", "replica=4 fsdp=2 shard_optimizer"),
-    ("llama_1b", "replica=2 fsdp=2 tensor=2"),
-    ("moe_8x", "fsdp=2 expert=4"),
-    ("moe_8x", "fsdp=2 expert=2 tensor=2"),
-    ("hybrid_1b", "fsdp=4 tensor=2"),
-    ("bert_base", "replica=8"),
-    ("t5_base", "fsdp=4 tensor=2"),
-    ("aiayn_base", "replica=2 fsdp=2 tensor=2"),
+    ("gpt2_124m", "fsdp=8", "v5e:2x4"),
+    ("gpt2_124m", "replica=2 tensor=4", "2 v5e:2x2"),
+    ("llama_1b", "fsdp=8", "v5p:2x2x2"),
+    ("llama_1b", "fsdp=2 tensor=4 sequence_sharding", "v5e:2x4"),
+    ("llama_1b", "replica=4 fsdp=2 shard_optimizer", "2 v6e:2x2"),
+    ("llama_1b", "replica=2 fsdp=2 tensor=2", "2 v5p:2x2x1"),
+    ("moe_8x", "fsdp=2 expert=4", "v5p:2x2x2"),
+    ("moe_8x", "fsdp=2 expert=2 tensor=2", "v6e:2x4"),
+    ("hybrid_1b", "fsdp=4 tensor=2", "v6e:2x4"),
+    ("bert_base", "replica=8", "v5e:2x4"),
+    ("t5_base", "fsdp=4 tensor=2", "v5e:2x4"),
+    ("aiayn_base", "replica=2 fsdp=2 tensor=2", "2 v5e:2x2"),
 )
-NAMES = ["-".join([recipe, *split.replace("=", "").split()]) for recipe, split in PAIRS]
-each_pair = pytest.mark.parametrize(
-    ("name", "recipe", "split"), [(name, *pair) for name, pair in zip(NAMES, PAIRS, strict=True)], ids=NAMES
-)
+NAMES = ["-".join([recipe, *split.replace("=", "").split()]) for recipe, split, _ in PAIRS]
 
 
 def config_of(recipe: str, split: str) -> Config:
     """Returns a recipe with two periods of layers, short texts and a small batch."""
     words = [word.partition("=") for word in split.split()]
-    parallel: dict[str, Any] = dict.fromkeys(MESH_AXES, 1) | {name: int(size or 1) for name, _, size in words}
+    parallel: dict[str, Any] = dict.fromkeys(MESH_AXES, 1)
+    parallel |= {name: int(size) if size else True for name, _, size in words}
     config, _, _ = load_config(recipe)
     periods = {"num_layers": 2 * len(config.model.kinds)}
     if config.model.architecture == "encoder_decoder":
@@ -101,72 +101,28 @@ def _split(layout: Any) -> str:
     return ", ".join(e if isinstance(e, str) else "+".join(e) if e else "-" for e in layout.spec)
 
 
-def collectives(config: Config) -> Iterator[str]:
-    """Yields a line for each kind of collective and axes of the compiled step, with their number in and outside loops."""
-    sizes = {axis: getattr(config.parallel, axis) for axis in MESH_AXES}
-    mesh = make_mesh(config)
-    model = Transformer(config.model)
-    optimizer = make_optimizer(config, parameter_specs(model))
-    with jax.set_mesh(mesh), use_rules(config):
-        shardings = state_shardings(model, optimizer, mesh, config.parallel)
-        state = abstract_state(model, optimizer, shardings)
-        batch = {
-            name: jax.ShapeDtypeStruct((ROWS, length), dtype, sharding=batch_sharding(mesh))
-            for name, (length, dtype) in objective_of(config).arrays(config).items()
-        }
-        step = make_train_step(config, model, optimizer, shardings)
-        program = compile_step(step, state, batch, shardings, mesh)
-    yield f"# collective | axes | in loops | outside (jax {jax.__version__}, simulated devices)"
-    counts: dict[tuple[str, str], Counter[bool]] = {}
-    for kind, groups, in_loop in found(program.as_text()):
-        counts.setdefault((kind, axes_of(groups, tuple(sizes.values()))), Counter())[in_loop] += 1
-    for (kind, axes), count in sorted(counts.items()):
-        yield f"{kind} | {axes} | {count[True]} | {count[False]}"
+def collectives(config: Config, topology: str, directory: Path) -> Iterator[str]:
+    """Yields a line for each kind of collective, axes and link of the step that is compiled, with its number in a step."""
+    source, result = directory / "config.json", directory / "plan.json"
+    source.write_text(to_json(config))
+    slices, name = topology.split() if " " in topology else ("1", topology)
+    flags = ["--config", str(source), "--topology", name, "--slices", slices, "--json", str(result)]
+    # libtpu is told by chip what to do, once in a process; the suite's own devices and flags are not the plan's.
+    command, environment = own_process("from transformer.cli import main; main()", ["plan", *flags])
+    environment = {key: value for key, value in environment.items() if not key.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for found in json.loads(result.read_text())["collectives"]:
+        link = "DCN" if found["crosses_slices"] else "ICI"
+        counts[found["kind"], ", ".join(found["axes"]) or "-", link] += found["count"]
+    yield f"# collective | axes | link | times a step ({topology}; {releases()})"
+    for (kind, axes, link), count in sorted(counts.items()):
+        yield f"{kind} | {axes} | {link} | {count}"
 
 
-KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
-
-
-def found(program: str) -> Iterator[tuple[str, list[list[int]], bool]]:
-    """Yields the collectives of a compiled program: kind, groups of devices, and whether it is in the body of a loop."""
-    in_loop = False
-    for line in program.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            in_loop = not line.startswith("ENTRY")
-        elif match := re.search(rf" ({KINDS})(?:-start)?\(", line):
-            yield match[1], groups_in(line), in_loop
-
-
-def groups_in(line: str) -> list[list[int]]:
-    """Returns the groups of an instruction, in any of the three ways that XLA writes them."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        return [[int(n) for n in re.findall(r"\d+", pair)] for pair in pairs[1].split("},")]
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-        return [[int(n) for n in re.findall(r"\d+", group)] for group in listed[1].split("},")]
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims = ([int(n) for n in iota[number].split(",")] for number in (1, 2))
-        numbers = np.arange(math.prod(dims)).reshape(dims)
-        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
-        return numbers.transpose(order).reshape(shape).tolist()
-    named = re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line
-    )
-    assert named, line
-    dims = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    numbers = np.arange(math.prod(dims.values()))
-    if named[2]:
-        order = [int(n) for n in named[3].split(",")] if named[3] else range(named[2].count(",") + 1)
-        numbers = numbers.reshape([int(n) for n in named[2].split(",")]).transpose(order)
-    over = [list(dims).index(name) for name in re.findall(r"'(\w+)'", named[4])]
-    numbers = np.moveaxis(numbers.reshape(tuple(dims.values())), over, range(-len(over), 0))
-    return numbers.reshape(-1, math.prod(list(dims.values())[axis] for axis in over)).tolist()
-
-
-def axes_of(groups: list[list[int]], shape: tuple[int, ...]) -> str:
-    """Returns the axes of the mesh along which the devices of a group differ."""
-    places = [np.unravel_index(group, shape) for group in groups]
-    over = [axis for number, axis in enumerate(MESH_AXES) if any(np.ptp(place[number]) for place in places)]
-    return ", ".join(over) or "-"
+def releases() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
 
 
 def compare(name: str, part: str, lines: Iterator[str]) -> None:
@@ -177,31 +133,18 @@ def compare(name: str, part: str, lines: Iterator[str]) -> None:
     assert text.splitlines() == path.read_text().splitlines(), "if it is meant: `make goldens`"
 
 
-@each_pair
+@pytest.mark.parametrize(("name", "recipe", "split"), [(n, *p[:2]) for n, p in zip(NAMES, PAIRS, strict=True)], ids=NAMES)
 def test_arrays_lie_where_they_lay(name: str, recipe: str, split: str) -> None:
     compare(name, "arrays", arrays(config_of(recipe, split)))
 
 
 @pytest.mark.slow
-@each_pair
-def test_collectives_are_what_they_were(name: str, recipe: str, split: str) -> None:
-    path = GOLDENS / f"{name}.collectives.txt"
-    if not REWRITES and f"(jax {jax.__version__}," not in path.read_text():
-        pytest.skip(f"{path.name} is of another release of JAX")
-    compare(name, "collectives", collectives(config_of(recipe, split)))
-
-
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
 @pytest.mark.parametrize(
-    ("written", "axes"),
-    [
-        ("replica_groups=[4,2]<=[8]", "tensor"),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", "fsdp, expert"),
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}", "expert, tensor"),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", "expert, tensor"),
-        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", "fsdp"),
-        ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", "expert"),
-    ],
+    ("name", "recipe", "split", "topology"), [(n, *p) for n, p in zip(NAMES, PAIRS, strict=True)], ids=NAMES
 )
-def test_groups_of_devices_have_axes(written: str, axes: str) -> None:
-    """On a mesh of fsdp 2 x expert 2 x tensor 2, where device 4 f + 2 e + t is at (f, e, t)."""
-    assert axes_of(groups_in(f"x = f32[] all-gather(y), {written}, dimensions={{0}}"), (1, 1, 2, 2, 1, 2)) == axes
+def test_collectives_are_what_they_were(name: str, recipe: str, split: str, topology: str, tmp_path: Path) -> None:
+    path = GOLDENS / f"{name}.collectives.txt"
+    if not REWRITES and f"; {releases()})" not in path.read_text():
+        pytest.skip(f"{path.name} is of other releases")
+    compare(name, "collectives", collectives(config_of(recipe, split), topology, tmp_path))
