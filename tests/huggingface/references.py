@@ -99,7 +99,7 @@ def write_folder(path: Path, config: Mapping[str, Any], shapes: Mapping[str, Seq
 
 def their_model(config: Mapping[str, Any], seed: int) -> Any:
     """Returns transformers' model of a configuration, with the weights of the seed."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
 
     made = transformers.AutoConfig.for_model(**config)
@@ -121,7 +121,7 @@ def their_model(config: Mapping[str, Any], seed: int) -> Any:
 def their_logits(model: Any, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Returns float32 logits of each text by itself, hidden states of a model without a head. Of an encoder-decoder the text
     is what is written, and what is read is the text backwards."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     def outputs(text: np.ndarray) -> Any:
         if not model.config.is_encoder_decoder:

@@ -141,7 +141,8 @@ def test_layers_are_spelt_with_few_blocks() -> None:
     gemma = ([window] * 5 + [full]) * 4 + [window] * 2  # 26 layers, which a period of six does not divide
     assert layers_of(gemma) == {"first_layers": f"2*{window}", "layers": f"3*{window}+{full}+2*{window}"}
     assert layers_of([full, none]) == {"first_layers": None, "layers": f"{full}+{none}"}
-    config = ModelConfig(vocab_size=9, num_layers=26, **layers_of(gemma))
+    layers: dict[str, Any] = layers_of(gemma)
+    config = ModelConfig(vocab_size=9, num_layers=26, **layers)
     assert kinds_of(config) == gemma and canonical(config).layers == config.layers
 
 

@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 def greedy(model: Any, prompt: np.ndarray) -> np.ndarray:
     """Returns the prompt and the 64 tokens after it."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     ids = torch.from_numpy(prompt)[None]
     options = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}

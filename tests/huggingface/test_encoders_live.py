@@ -85,7 +85,9 @@ def test_bert(name: str, seed: int, tmp_path: Path) -> None:
         hidden, logits = run(network, params, batch, mesh)
         if kind == "BertModel":
             assert distance(hidden[is_token], expected.last_hidden_state.numpy()[is_token]) < 1e-4
-            pooled = bind(network, jax.device_get(params)).pooler(jnp.asarray(hidden)[:, 0])
+            pooler = bind(network, jax.device_get(params)).pooler
+            assert pooler is not None
+            pooled = pooler(jnp.asarray(hidden)[:, 0])
             assert distance(pooled, expected.pooler_output.numpy()) < 1e-4
         elif kind == "BertForSequenceClassification":
             assert distance(logits[:, 0], expected.logits.numpy()) < 1e-4
@@ -147,6 +149,7 @@ def test_t5(name: str, seed: int, tmp_path: Path) -> None:
 def greedy(network: Transformer, params: Any, reading: Any, count: int = 64) -> np.ndarray:
     """The most probable token, again and again, with our cache."""
     start = network.config.decoder_start_token
+    assert start is not None
     ones = np.ones((len(LENGTHS), 1), np.int32)
     logits, cache = jax.jit(prefill, static_argnums=(0, 3))(
         network, params, columns(start * ones, ones) | reading, count + 1

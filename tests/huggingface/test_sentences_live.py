@@ -46,7 +46,7 @@ def test_vectors_and_similarities_are_those_of_the_package(tmp_path: Path) -> No
 
 def test_what_is_written_of_it_is_the_same_package(tmp_path: Path) -> None:
     """Every tensor but the numbers of positions, bit by bit, on eight devices too; the folder loads in transformers."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers
     from logits import mesh_of
 

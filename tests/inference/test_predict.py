@@ -148,7 +148,7 @@ def test_answers_stand_where_they_say(predict: Predict, capsys: pytest.CaptureFi
     sums = {(a, b): logits[a, 0] + logits[b, 1] for a in places for b in places if a <= b}
     best = max(sums, key=lambda span: sums[span])
     nothing = logits[0].sum()
-    expected = "" if nothing > sums[best] else Passage(passages[0], TOKENIZER).words(best[0] - 4, best[1] - 4)
+    expected = "" if nothing > sums[best] else Passage(passages[0], TOKENIZER).words(int(best[0]) - 4, int(best[1]) - 4)
     assert found[0]["prediction"] == expected
     assert abs(found[0]["margin"]) == pytest.approx(abs(nothing - sums[best]), abs=2e-3)
     assert "2 of 2 records say what is right: exact match" in capsys.readouterr().err

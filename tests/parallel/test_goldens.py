@@ -133,7 +133,9 @@ def compare(name: str, part: str, lines: Iterator[str]) -> None:
     assert text.splitlines() == path.read_text().splitlines(), "if it is meant: `make goldens`"
 
 
-@pytest.mark.parametrize(("name", "recipe", "split"), [(n, *p[:2]) for n, p in zip(NAMES, PAIRS, strict=True)], ids=NAMES)
+@pytest.mark.parametrize(
+    ("name", "recipe", "split"), [(n, *p[:2]) for n, p in zip(NAMES, PAIRS, strict=True)], ids=NAMES
+)
 def test_arrays_lie_where_they_lay(name: str, recipe: str, split: str) -> None:
     compare(name, "arrays", arrays(config_of(recipe, split)))
 

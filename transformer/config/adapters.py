@@ -18,6 +18,8 @@ def problems_of_adapters(config: Config) -> Iterator[str]:
         return
     if not adapter.base_run:
         yield f"{kind} needs adapter.base_run, the directory of the run that it is for"
+    if start := config.init_from.run or config.init_from.huggingface:
+        yield f"init_from names {start!r}, and {kind}: what an adapter begins with is its base, adapter.base_run"
     if not adapter.targets:
         yield f"{kind} needs adapter.targets, linear maps such as query and value, or *"
     if config.parallel.stage != 1:

@@ -26,7 +26,7 @@ def answers_of(value: Any, passage: str, where: str) -> list[Answer]:
     is not of that form and for an answer that does not stand where it says.
     """
     if isinstance(value, Mapping):
-        parts = [value.get("answer_start"), value.get("text")]
+        parts: list[Any] = [value.get("answer_start"), value.get("text")]
         if not all(isinstance(part, list | tuple | np.ndarray) for part in parts) or len(parts[0]) != len(parts[1]):
             raise ConfigError(f"{where} has an object there without lists of equal length 'answer_start' and 'text'")
         value = [{"answer_start": start, "text": text} for start, text in zip(*parts, strict=True)]

@@ -58,7 +58,7 @@ class ChatForm:
         if all(value is None for value in record.values()):
             return ""
         if self.kind == "chat":
-            chats = {"messages": _messages(self._found(record, where), where)}
+            chats: dict[str, Any] = {"messages": _messages(self._found(record, where), where)}
         else:
             chats = self._preference(record, where)
         if any(isinstance(value, str) for value in chats.values()):
@@ -256,10 +256,11 @@ def of_docstrings(source: str, module: str) -> Iterator[dict[str, Any]]:
         return
     kinds = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "function", ast.ClassDef: "class"}
     for node in ast.walk(tree):
-        text = ast.get_docstring(node) if isinstance(node, tuple(kinds)) else None
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        text = ast.get_docstring(node)
         if not text or not text.split("\n\n")[0].strip():
             continue
-        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         question = f"What is the {kinds[type(node)]} {node.name} of {module} for?"
         answer = " ".join(text.split("\n\n")[0].split())
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

@@ -107,8 +107,11 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def linear_maps(module: nnx.Module, kind: type[ModuleT] = Linear) -> dict[Path, ModuleT]:
     """Returns the linear maps of the layers by their paths among the parameters: all whose matrix is one to an optimizer."""
-    found: dict[Path, Any] = {path: part for path, part in nnx.iter_graph(module) if isinstance(part, kind)}
-    return {path: part for path, part in found.items() if isinstance(part, AdaptedLinear) or _is_matrix(part)}
+    found: dict[Any, Any] = {path: part for path, part in nnx.iter_graph(module) if isinstance(part, kind)}
+    others = [path for path, part in found.items() if not isinstance(part, AdaptedLinear) and not _is_matrix(part)]
+    for path in others:
+        del found[path]
+    return found
 
 
 def _is_matrix(linear: Linear) -> bool:
@@ -161,7 +164,7 @@ def _matches(path: Sequence[str | int], patterns: Sequence[str]) -> bool:
 
 def _absorbed(model: Transformer) -> set[Path]:
     """Returns the maps whose matrices decoding multiplies with others, so that they have to be matrices."""
-    layers: list[Path] = [path for path, part in nnx.iter_graph(model) if isinstance(part, LatentAttention)]
+    layers: list[Any] = [path for path, part in nnx.iter_graph(model) if isinstance(part, LatentAttention)]
     return {(*path, name) for path in layers for name in ("key", "value")}
 
 

@@ -39,7 +39,10 @@ def make_gradient(
     """Returns what `training.step.make_gradient` does, for a mesh with stages."""
     pipeline = Pipeline(config, model)
 
-    def gradient(params: Tree, batch: Mapping[str, Array], key: Any, used: Any = pipeline.parts) -> Any:
+    def gradient(
+        params: Tree, batch: Mapping[str, Array], key: Any, used: Any = pipeline.parts, frozen: Tree | None = None
+    ) -> Any:
+        assert not frozen, "validation refuses adapters with stages"
         gradients, (loss, means, statistics), _ = pipeline(params, batch, key, used)
         gradients = gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
         reported = means | (normalize(statistics)[1] if statistics else {})
