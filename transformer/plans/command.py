@@ -46,8 +46,8 @@ class PlanOptions:
     """Look for the best split, microbatches and remat, and say why the others lost."""
     axes: tuple[str, ...] = MESH_AXES
     """Axes of the mesh that a search splits over."""
-    candidates: int = 3
-    """Settings that a search compiles, of those that are the fastest by arithmetic."""
+    candidates: int = 5
+    """Settings that a search compiles, one after another, each the one that is now expected to be the fastest."""
     compare: tuple[str, ...] = ()
     """Others to set beside it: a topology, a split, or both, such as v6e:16x16,slices=2 or fsdp=64,tensor=4."""
     tokens: float = 0.0

@@ -224,7 +224,7 @@ def search_text(found: Found, topology: Topology, most: int = 12) -> str:
     lines.append(table(("setting", "GB", "step, s", "by arithmetic", "MFU"), rows))
     if found.ranked:
         lines.append(f"best: {flags_of(found.ranked[0].estimate.config, topology)}")
-    slower = [item for item in found.lost if "by arithmetic:" in item.verdict or item.compiled is not None]
+    slower = [item for item in found.lost if "expected:" in item.verdict or item.compiled is not None]
     large = [item for item in found.lost if item not in slower]
     lines += ["", f"{len(found.lost):,} others lost:"]
     lines += [f"  {setting_text(i.estimate.config, topology)}: {i.verdict}" for i in slower[:most]]

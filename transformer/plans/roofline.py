@@ -79,6 +79,16 @@ def predict(compiled: Compiled) -> Prediction:
     )
 
 
+def open_seconds(compiled: Compiled) -> dict[str, float]:
+    """Returns the seconds by axis of the transfers that nothing is computed beside."""
+    found: dict[str, float] = {}
+    for item in compiled.collectives:
+        if not item.overlapped:
+            axes = "+".join(item.axes)
+            found[axes] = found.get(axes, 0.0) + item.count * seconds_of(item, compiled)
+    return found
+
+
 def prediction(
     config: Config, topology: Topology, stages: int, memory: float, ici: float, dcn: float, hidden: float
 ) -> Prediction:

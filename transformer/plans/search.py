@@ -1,16 +1,19 @@
-"""The splits, microbatches and rematerialisation that suit a model and a topology: all by arithmetic, the best compiled."""
+"""The splits, microbatches and rematerialisation that suit a model and a topology: all by arithmetic, some compiled."""
 
+import dataclasses
+import math
 import re
+import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformer.config import MESH_AXES, Config, mesh_axes, problems_of, replace
 from transformer.config.validation import mesh_problems
-from transformer.plans.arithmetic import Estimate, estimate
+from transformer.plans.arithmetic import HIDDEN, Estimate, estimate
 from transformer.plans.chips import Topology
 from transformer.plans.compilation import Compiled, axes_text, compile_for
-from transformer.plans.roofline import Prediction, predict
+from transformer.plans.roofline import Prediction, open_seconds, predict
 
 REMAT = ("none", "dots", "full")
 MOST_MICROBATCHES = 64
@@ -66,14 +69,16 @@ def _splits(count: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
 def search(
     config: Config,
     topology: Topology,
-    num_compiled: int = 3,
+    num_compiled: int = 5,
     axes: Sequence[str] = MESH_AXES,
     num_periods: int | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Found:
-    """Returns the fastest settings: `num_compiled` of those that arithmetic says are fast and fit, compiled and ranked.
+    """Returns the fastest settings, compiled and ranked: `num_compiled` of those that fit.
 
-    One that does not fit after all is replaced by the next. `tell` is told what is compiled, which takes a minute each.
+    What is compiled next is what is expected to be the fastest: by arithmetic, in which each axis leaves that share of its
+    transfers in the open which it did in the steps compiled so far. One that does not fit after all is replaced by the next.
+    `tell` is told what is compiled, which takes a minute or two each.
     """
     refused: Counter[str] = Counter()
     sound: list[Estimate] = []
@@ -83,26 +88,43 @@ def search(
             refused[_reason(problems[0])] += 1
         else:
             sound.append(estimate(candidate, topology))
-    sound.sort(key=lambda item: (item.seconds.step_seconds, item.bytes))
     lost = [Candidate(item, _too_large(item)) for item in sound if item.bytes > topology.chip.hbm_bytes]
-    fitting = [item for item in sound if item.bytes <= topology.chip.hbm_bytes]
+    left = [item for item in sound if item.bytes <= topology.chip.hbm_bytes]
     ranked: list[Candidate] = []
-    for number, item in enumerate(fitting):
-        if len(ranked) == num_compiled:
-            best = min(found.estimate.seconds.step_seconds for found in ranked)
-            for other in fitting[number:]:
-                slower = other.seconds.step_seconds / best
-                lost.append(Candidate(other, f"{slower:.2f} times as long by arithmetic: {other.slowest}"))
-            break
-        tell(f"compiling {number + 1} of {len(fitting)}: {setting_text(item.config, topology)}")
+    shares: dict[str, list[float]] = {}
+
+    def order(item: Estimate) -> tuple[float, float]:
+        return expected_seconds(item, shares), item.bytes
+
+    while left and len(ranked) < num_compiled:
+        item = min(left, key=order)
+        left.remove(item)
+        tell(f"compiling {setting_text(item.config, topology)}: {expected_seconds(item, shares):.3g} s expected")
         compiled = compile_for(item.config, topology, num_periods)
-        if compiled.fits:
-            ranked.append(Candidate(item, "", compiled, predict(compiled)))
-        else:
+        if not compiled.fits:
             needed = f"{compiled.memory.total / 2**30:.1f} GiB of {compiled.hbm_bytes / 2**30:.1f}"
             lost.append(Candidate(item, f"does not fit once compiled: {needed}", compiled))
+            continue
+        ranked.append(Candidate(item, "", compiled, predict(compiled)))
+        found = open_seconds(compiled)
+        for axis, seconds in item.transfers.items():
+            shares.setdefault(axis, []).append(found.get(axis, 0.0) / seconds)
     ranked.sort(key=lambda item: item.prediction.step_seconds if item.prediction else 0.0)
+    for other in sorted(left, key=order) if ranked else ():
+        assert ranked[0].prediction is not None
+        slower = expected_seconds(other, shares) / ranked[0].prediction.step_seconds
+        lost.append(Candidate(other, f"{slower:.2f} times as long expected: {other.slowest}"))
     return Found(ranked, lost, refused)
+
+
+def expected_seconds(item: Estimate, shares: Mapping[str, Sequence[float]]) -> float:
+    """Returns the seconds of a step, if each axis leaves the mean of these shares of its transfers in the open; one without
+    shares what arithmetic alone supposes."""
+    usual = {axis: 0.0 if axis in HIDDEN else 1.0 for axis in item.transfers}
+    share = usual | {axis: statistics.mean(found) for axis, found in shares.items() if axis in usual}
+    exposed = math.fsum(share[axis] * seconds for axis, seconds in item.transfers.items())
+    hidden = math.fsum(max(0.0, 1 - share[axis]) * seconds for axis, seconds in item.transfers.items())
+    return dataclasses.replace(item.seconds, exposed_ici=exposed, exposed_dcn=0.0, hidden=hidden).step_seconds
 
 
 def _too_large(item: Estimate) -> str:
