@@ -210,6 +210,30 @@ def test_a_search_ranks_what_it_compiles_and_says_why_others_lost(
     assert "best: --parallel.fsdp" in text and "by arithmetic" in text
 
 
+def test_a_search_learns_which_transfers_stay_in_the_open(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a compiler that leaves three times fsdp's transfers in the open, where arithmetic hides them all."""
+    topology, truth = parse_topology("v5e:4x4"), {"fsdp": [3.0]}
+    config = replace(config, model={"width": 1024, "num_heads": 16}, data={"sequence_length": 512})
+
+    def of(found: Compiled) -> arithmetic.Estimate:
+        return arithmetic.estimate(found.config, topology)
+
+    def predict(found: Compiled) -> roofline.Prediction:
+        open_ones = {axis: seconds * (3 if axis == "fsdp" else 1) for axis, seconds in of(found).transfers.items()}
+        return dataclasses.replace(of(found).seconds, exposed_ici=sum(open_ones.values()), hidden=0.0)
+
+    def open_seconds(found: Compiled) -> dict[str, float]:
+        return {axis: seconds * (3 if axis == "fsdp" else 1) for axis, seconds in of(found).transfers.items()}
+
+    monkeypatch.setattr(search, "compile_for", lambda config, *_: dataclasses.replace(compiled(config), config=config))
+    monkeypatch.setattr(search, "predict", predict)
+    monkeypatch.setattr(search, "open_seconds", open_seconds)
+    axes = ("fsdp", "tensor")
+    first, few, whole = (search.search(config, topology, count, axes).ranked for count in (1, 5, 1000))
+    assert few[0].estimate.config == whole[0].estimate.config != first[0].estimate.config
+    assert search.expected_seconds(few[0].estimate, truth) == pytest.approx(predict(few[0].compiled).step_seconds)
+
+
 def test_settings_divide_and_keep_slices_apart(config: Config) -> None:
     for found in search.settings(config, parse_topology("v5e:2x2", 2)):
         assert found.parallel.replica % 2 == 0 and found.train.batch_size % found.train.num_microbatches == 0

@@ -88,6 +88,7 @@ def search(
             refused[_reason(problems[0])] += 1
         else:
             sound.append(estimate(candidate, topology))
+    sound.sort(key=lambda item: item.seconds.step_seconds)
     lost = [Candidate(item, _too_large(item)) for item in sound if item.bytes > topology.chip.hbm_bytes]
     left = [item for item in sound if item.bytes <= topology.chip.hbm_bytes]
     ranked: list[Candidate] = []
