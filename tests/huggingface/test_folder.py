@@ -118,7 +118,7 @@ def test_all_tensors_that_lack_or_are_too_many_are_named(folder: Path) -> None:
         ({"hidden_size": -3}, "hidden_size: model.width = -3: must be greater than 0"),
         ({"hidden_act": "tanh"}, "hidden_act = 'tanh' is none of silu"),
         ({"num_hidden_layers": 10_000}, "config.json says 10,000 layers, and there are 21 tensors"),
-        ({"attention_bias": True}, "attention_bias = True with mlp_bias = False"),
+        ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: llama is read with None alone"),
         (
             {"rope_parameters": {"rope_type": "longrope", "factor": 2}},

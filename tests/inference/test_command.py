@@ -226,7 +226,7 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "an empty file": (
         "decoder",
         ["--prompt-file", "empty.txt"],
-        ["--prompt-file = 'empty.txt': is empty, so there is nothing to generate from"],
+        ["--prompt-file = 'empty.txt': is empty, so there is nothing to do"],
     ),
     "no place for the output": (
         "decoder",

@@ -13,7 +13,7 @@ from transformer.checkpointing import bases
 from transformer.config import AdapterConfig, Config, ConfigError, replace
 from transformer.models import few_bits, flops
 from transformer.models.adapters import adapted, adapters, at, base_of, begun, flops_per_token, merged, share, unmerged
-from transformer.models.parameters import Tree, divide, init_parameters, join, parameter_specs
+from transformer.models.parameters import Tree, divide, init_parameters, join, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer, apply
 from transformer.optimizers import make_optimizer
 from transformer.parallel.sharding import make_mesh
@@ -103,7 +103,9 @@ def test_only_the_adapter_is_trained(tiny_config: Any, tiny_batch: Any) -> None:
     for one, other in zip(jax.tree.leaves(new.frozen), jax.tree.leaves(frozen), strict=True):
         assert np.array_equal(one, other)
     assert any(np.any(one != other) for one, other in zip(*map(jax.tree.leaves, (new.params, trained)), strict=True))
-    assert share(model).endswith("parameters are trained (5.44%)"), share(model)
+    count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    whole = count + num_parameters(Transformer(config.model))
+    assert share(model) == f"{count:,} of {whole:,} parameters are trained ({count / whole:.2%})"
 
 
 def test_gradients_are_those_of_the_matrices_that_they_stand_for(tiny_config: Any, tiny_batch: Any) -> None:
@@ -150,7 +152,9 @@ def test_few_bits_are_as_near_as_their_levels(kind: str, bound: float) -> None:
     blocks = np.asarray(kernel).reshape(found.shape)
     assert np.all(np.abs(found - blocks) <= bound * np.abs(blocks).max(axis=2, keepdims=True) * 1.001)
     again = few_bits.matrix(*few_bits.quantize(jnp.asarray(found.reshape(kernel.shape)), kind, 64), kind)
-    assert distance(np.asarray(again), found.reshape(kernel.shape)) < (1e-6 if kind == "nf4" else 0.05)
+    # The largest whole number is half a step short of the scale.
+    largest = {"nf4": 1e-6, "int8": 0.005, "int4": 0.067}[kind]
+    assert distance(np.asarray(again), found.reshape(kernel.shape)) < largest
 
 
 def test_nf4_has_the_published_levels() -> None:

@@ -117,7 +117,7 @@ class Checkpoints:
 
         Raises ConfigError if a shape, a type or the tree itself differs: Orbax would silently cast types.
         """
-        if REST in items and not self.is_resumable(step):
+        if "opt_state" in items.get(REST, ()) and not self.is_resumable(step):
             alone = f"checkpoint {step} of {self._directory} holds parameters alone"
             raise ConfigError(f"{alone}: begin another run with them by init_from.run")
         stored = self._manager.item_metadata(step)

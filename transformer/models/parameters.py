@@ -132,8 +132,8 @@ def divide(tree: dict[Any, Any], specs: dict[Any, Any]) -> tuple[dict[Any, Any],
     trained: dict[Any, Any] = {}
     frozen: dict[Any, Any] = {}
     for name, spec in specs.items():
-        if is_spec(spec):
-            (frozen if spec.is_frozen else trained)[name] = tree[name]
+        if not isinstance(spec, dict):  # a declaration, or what stands for one that is left out
+            (frozen if is_spec(spec) and spec.is_frozen else trained)[name] = tree[name]
             continue
         for part, half in zip((trained, frozen), divide(tree[name], spec), strict=True):
             part |= {name: half} if half else {}
