@@ -82,7 +82,7 @@ def chain_of(length: int, **changes: Any) -> int:
     [
         {"attention_implementation": "reference"},
         {"attention_implementation": "causal_blocks"},
-        {"layers": "mingru/none"},
+        pytest.param({"layers": "mingru/none"}, marks=pytest.mark.slow),
     ],
     ids=["attention", "attention in blocks", "minGRU"],
 )
@@ -90,7 +90,7 @@ def test_a_parallel_model_waits_no_longer_for_a_longer_text(changes: dict[str, A
     assert chain_of(16, **changes) == chain_of(48, **changes) < 40
 
 
-@pytest.mark.parametrize("mixer", ["lstm", "gru"])
+@pytest.mark.parametrize("mixer", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
 def test_a_recurrent_network_waits_for_every_token_forward_and_back(mixer: str) -> None:
     """Through all tokens of one layer and of the other, and back through both."""
     short, long = (chain_of(length, layers=f"{mixer}/none") for length in (16, 48))

@@ -81,6 +81,7 @@ def test_the_fastest_that_fits_is_found_and_the_rest_not_run(
     assert capsys.readouterr().out.splitlines()[-1] == f"fastest: {sweep.flags_of(best.config)}"
 
 
+@pytest.mark.slow
 def test_a_real_step_is_timed_in_each_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.json"
     flags = ["--batch-sizes", "8", "--remat", "none", "full", "--memory", "1", "--scan", "False", "--json", str(path)]

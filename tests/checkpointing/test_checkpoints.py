@@ -206,7 +206,7 @@ Layout = dict[str, int]
     ("saved", "restored"),
     [
         ({"fsdp": 1}, {"fsdp": 8}),
-        ({"fsdp": 8}, {"tensor": 2, "fsdp": 4}),
+        pytest.param({"fsdp": 8}, {"tensor": 2, "fsdp": 4}, marks=pytest.mark.slow),
         ({"replica": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1}),
     ],
 )

@@ -67,6 +67,7 @@ def test_a_cache_gives_what_a_pass_over_the_text_gives(tiny_config: Any) -> None
     assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_step(tiny_config: Any, tiny_batch: Any) -> None:
     """The gradient, as SGD's step, on one device; and split by heads, by experts and over rows."""
     plain = {"name": "sgd", "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}

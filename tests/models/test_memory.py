@@ -29,7 +29,11 @@ def temporary_bytes(name: str, length: int) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", get_args(LinearMixer))
+QUICK = ("linear_attention", "gated_delta_net")
+MIXERS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in get_args(LinearMixer)]
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_a_state_needs_memory_in_proportion_to_the_length(name):
     short, long = temporary_bytes(name, 1024), temporary_bytes(name, 16_384)
     slope = math.log(long / short) / math.log(16)

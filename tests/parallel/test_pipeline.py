@@ -161,6 +161,7 @@ def test_1f1b_and_gpipe_compute_what_one_device_does_and_the_first_keeps_less(ru
     assert more - less > 0.6 * (16 - 3) * (2 * 16 * 64 * 4)
 
 
+@pytest.mark.slow
 def test_interleaved_groups_on_four_stages_with_fsdp(run):
     found = run("deep", stage=4, fsdp=2, schedule="interleaved", rounds=2)
     assert_equal(found, run("deep", stage=1))
@@ -169,6 +170,7 @@ def test_interleaved_groups_on_four_stages_with_fsdp(run):
         assert leaf.shape[0] == 8
 
 
+@pytest.mark.slow
 def test_experts_with_all_other_axes_inside_a_stage(run, capfd):
     assert_equal(run("experts", stage=2, fsdp=2, tensor=2, schedule="1f1b"), run("experts", stage=1))
     assert "rematerialization" not in capfd.readouterr().err, "the compiler replicates an activation"
