@@ -19,7 +19,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "_started", True)
 
 
-@pytest.mark.parametrize("architecture", ["decoder", pytest.param("encoder_decoder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.slow
 def test_each_case_is_timed(architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.json"
     objective = {"decoder": "causal", "encoder_decoder": "span_corruption"}[architecture]

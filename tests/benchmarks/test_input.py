@@ -11,6 +11,7 @@ from transformer.config import Config, to_json
 from transformer.parallel import startup
 
 
+@pytest.mark.slow
 def test_batches_are_counted_and_compared_with_the_step(
     make_run: Callable[..., Config],
     tmp_path: Path,

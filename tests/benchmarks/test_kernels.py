@@ -38,6 +38,7 @@ def test_all_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert all(part["values"][0] > 0 for part in parts)
 
 
+@pytest.mark.slow
 def test_what_needs_too_much_memory_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All pairs of a long text; a mixer with a state needs little more than the text."""
     path = tmp_path / "a.json"

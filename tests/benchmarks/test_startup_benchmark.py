@@ -26,6 +26,7 @@ def test_phases_are_told_cold_and_warm(
         assert all(found[f"{name}: {phase}"][0] > 0 for phase in PHASES)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told(make_run: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the run ended with status 2: error: .*nowhere\.txt"):
         first_step(make_run(data={"path": ("nowhere.txt",)}), tmp_path / "run")

@@ -122,6 +122,7 @@ def test_what_comes_from_the_cache_of_xla_is_not_kept(
         assert start()[1] == 1
 
 
+@pytest.mark.slow
 def test_hits_of_the_cache_are_seen(tmp_path: Path) -> None:
     program = f"""
 import jax, jax.numpy as jnp

@@ -121,15 +121,18 @@ def p_value(texts: Any, probabilities: dict[tuple[int, ...], float]) -> float:
     "changes",
     [
         {},
-        {
-            "architecture": "encoder_decoder",
-            "layers": "attention.window+lstm/none",
-            "encoder_layers": "attention",
-            "num_layers": 2,
-            "num_encoder_layers": 1,
-            "window": 6,
-            "num_sinks": 2,
-        },
+        pytest.param(
+            {
+                "architecture": "encoder_decoder",
+                "layers": "attention.window+lstm/none",
+                "encoder_layers": "attention",
+                "num_layers": 2,
+                "num_encoder_layers": 1,
+                "window": 6,
+                "num_sinks": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["decoder", "encoder-decoder with a window and a recurrence"],
 )
