@@ -19,12 +19,12 @@ from transformer.optimizers import OPTIMIZERS
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    ("config", "arguments"),
+    ("config", "arguments", "run_options"),
     ("models", "data", "parallel"),
     ("objectives", "optimizers", "checkpointing", "huggingface"),
     ("training", "inference"),
     ("finetuning", "interpretability", "benchmarks", "plans", "studies"),
-    ("cli",),
+    ("cli", "describe"),
 )
 """Bottom first: a module imports its own layer and those below."""
 

@@ -9,6 +9,7 @@ import pytest
 from transformer import cli
 from transformer.arguments import load_config
 from transformer.config import problems_of
+from transformer.describe import describe_config
 from transformer.models.parameters import num_parameters
 from transformer.models.transformer import Transformer
 
@@ -47,4 +48,4 @@ def test_a_vocabulary_that_is_given_has_room_for_the_objective(monkeypatch: pyte
     config = cli.parse(
         ["describe", "--config", "bert_base", "--data.tokenizer", "characters", "--model.vocab-size", "1000"]
     ).config
-    assert cli.describe_config(config)["parameters_by_module"]["embedding"] == 1000 * 768
+    assert describe_config(config)["parameters_by_module"]["embedding"] == 1000 * 768

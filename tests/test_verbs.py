@@ -17,6 +17,7 @@ from transformer import cli
 from transformer.arguments import parse
 from transformer.cli import DescribeOptions
 from transformer.config import Config, ConfigError, replace
+from transformer.describe import describe_config
 from transformer.parallel import startup
 
 SPLITS = [(a, b, 8 // a // b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) if 1 < a * b <= 8]
@@ -30,7 +31,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def describe(*flags: str) -> dict[str, Any]:
-    return cli.describe_config(parse(DescribeOptions, flags, "transformer describe").config)
+    return describe_config(parse(DescribeOptions, flags, "transformer describe").config)
 
 
 def test_describe_counts_gpt2() -> None:

@@ -1,6 +1,5 @@
 """The command line: `transformer <verb>`; `VERBS` lists them."""
 
-import dataclasses
 import importlib
 import json
 import keyword
@@ -25,7 +24,6 @@ from transformer.config import (
     nearest,
     place,
     replace,
-    source_length,
     type_of,
 )
 from transformer.finetuning import command as finetuning
@@ -37,6 +35,7 @@ from transformer.inference.command import GenerateOptions
 from transformer.inference.embed import EmbedOptions
 from transformer.inference.predict_options import PredictOptions
 from transformer.plans.command import PlanOptions
+from transformer.run_options import RunOptions
 from transformer.studies import STUDIES
 from transformer.training.metrics import SCORES
 
@@ -57,17 +56,9 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(RunOptions):
     """Measure a run on the whole validation split."""
 
-    workdir: Workdir = ""
-    """The run directory."""
-    step: int | None = None
-    """Checkpoint to measure; None: the latest."""
-    best: bool = False
-    """Measure the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Measure the mean of the parameters of this many checkpoints, the last of them the one chosen."""
     baseline: bool = False
     """Measure an interpolated byte trigram, made from the same training text, beside it."""
     as_json: Json = False
@@ -308,104 +299,11 @@ def plan(options: PlanOptions) -> int:
 
 
 def describe(options: DescribeOptions) -> int:
+    from transformer.describe import describe_config, text_of
+
     result = describe_config(options.config)
-    if options.as_json:
-        print(json.dumps(result))
-        return 0
-    sizes = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    print(f"{result['parameters']:,} parameters, on a mesh of {sizes}")
-    if result["active_parameters"] != result["parameters"]:
-        print(f"{result['active_parameters']:,} parameters that a token passes through")
-    for name, count in result["parameters_by_module"].items():
-        print(f"  {name:<40}{count:>16,}")
-    for label, flops in result["flops_per_token"].items():
-        print(f"FLOPs a token, {label.replace('_', ' ')}: {flops:.4g}")
-    products = result["forward_products"]
-    total = sum(product["flops"] for product in products)
-    print("matrix products of one sequence's forward pass, attention in full:")
-    for product in products:
-        name = "/".join(product[key] for key in ("stack", "part", "name"))
-        print(f"  {name:<50} {product['flops']:>14.4g} FLOPs {product['flops'] / total:>7.1%}")
-    print("bytes per device, before gradients and activations:")
-    for name, size in result["bytes_per_device"].items():
-        print(f"  {name:<40}{size:>16,}")
-    print("names of dimensions, and the mesh axes that split them:")
-    for name, split in result["rules"].items():
-        print(f"  {name:<40}{', '.join(split) or '-'}")
-    for name, reason in result["left_whole"].items():
-        print(f"left whole: {name}: {reason}")
-    for array in result["arrays"]:
-        shape, split = " x ".join(map(str, array["shape"])) or "scalar", array["sharding"]
-        print(f"  {array['name']:<50} {shape:<20} {split:<40} {array['bytes_per_device']:>14,}")
+    print(json.dumps(result) if options.as_json else text_of(result))
     return 0
-
-
-def describe_config(config: Config) -> dict[str, Any]:
-    """Returns what `describe` shows. -1 in the mesh stands for the simulated devices, or else for 1."""
-    from transformer.parallel import startup
-
-    startup.start(config)
-
-    import jax
-    from jax.sharding import AbstractMesh
-
-    from transformer.checkpointing.run import for_platform, resolve
-    from transformer.config import mesh_axes
-    from transformer.models import flops, parameters
-    from transformer.models.transformer import Transformer
-    from transformer.objectives import vocabulary
-    from transformer.optimizers import make_optimizer
-    from transformer.parallel.rules import left_whole
-    from transformer.parallel.sharding import rules_in_use, use_rules
-    from transformer.training.state import abstract_state, state_shardings
-
-    fixed = math.prod(size for axis in MESH_AXES if (size := getattr(config.parallel, axis)) > 0)
-    num_devices = config.parallel.cpu_devices or fixed
-    if problems := mesh_problems(config, num_devices):
-        raise ConfigError(problems)
-    axes = mesh_axes(config, num_devices)
-    config = resolve(config, vocabulary.without_data(config))
-    model = Transformer(for_platform(config.model, jax.default_backend()))
-    specs = parameters.parameter_specs(model)
-    optimizer = make_optimizer(config, specs)
-    with use_rules(config):
-        rules = dict(rules_in_use.value)
-        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
-        layouts: Any = state_shardings(model, optimizer, mesh, config.parallel)
-        whole = left_whole(config.model, specs, axes)
-    state = abstract_state(model, optimizer, layouts)
-    arrays, totals = [], {"params": 0, "opt_state": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        split = [entry if isinstance(entry, str) else list(entry or ()) for entry in leaf.sharding.spec]
-        shown = ", ".join(e if isinstance(e, str) else "+".join(e) or "-" for e in split)
-        arrays.append(
-            {"name": name, "shape": leaf.shape, "dtype": str(leaf.dtype), "sharding": shown, "bytes_per_device": size}
-        )
-        group = name.partition("/")[0]
-        totals[group] = totals.get(group, 0) + size
-    modules: dict[str, int] = {}
-    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=parameters.is_spec):
-        name = "/".join(str(key.key) for key in path[:-1]) or str(path[-1].key)
-        modules[name] = modules.get(name, 0) + spec.count
-    length, source = config.data.sequence_length, source_length(config)
-    return {
-        "parameters": parameters.num_parameters(model),
-        "active_parameters": flops.active_parameters(config.model, specs),
-        "parameters_by_module": modules,
-        "flops_per_token": {
-            "training_attention_in_full": flops.training_flops_per_token(config.model, length, source_length=source),
-            "training_attention_causal_half": flops.training_flops_per_token(config.model, length, True, source),
-        },
-        "forward_flops_per_sequence": flops.forward_flops(config.model, length, source),
-        "forward_products": [dataclasses.asdict(item) for item in flops.forward_products(config.model, length, source)],
-        "mesh": axes,
-        "rules": rules,
-        "left_whole": whole,
-        "bytes_per_device": totals,
-        "arrays": arrays,
-    }
 
 
 def implementations(options: ImplementationsOptions) -> int:

@@ -1,72 +1,25 @@
 """`transformer generate` from a run directory: files of prompts and of texts, and which method an option asks for."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from tiny import TOKENIZER, build
+from tiny import TOKENIZER, build, make_run
 
 from transformer import cli
 from transformer.arguments import exit_status
-from transformer.checkpointing.checkpoints import Checkpoints
-from transformer.checkpointing.run import CHECKPOINTS
-from transformer.config import CheckpointConfig, Config, replace, to_json
 from transformer.data.plain_tokenizers import ByteTokenizer
-from transformer.data.tokenizers import Tokenizer
 from transformer.inference.beam import beam_search
 from transformer.inference.generate import generate
 from transformer.inference.sampling import Sampling
-from transformer.parallel import sharding, startup
-from transformer.parallel.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 PROMPTS = ["dead beef", "", "a faded cafe", "bad", "cab"]
 READER: dict[str, Any] = {"architecture": "encoder_decoder", "positions": "learned", "num_positions": 32}
-
-
-@pytest.fixture(autouse=True)
-def started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has its devices already; one of them is enough."""
-    monkeypatch.setattr(startup, "_started", True)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-
-
-def make_run(
-    directory: Path,
-    tokenizer: Tokenizer = TOKENIZER,
-    seed: int = 3,
-    objective: str = "",
-    num_marks: int = 0,
-    **changes: Any,
-) -> Path:
-    """Writes a run directory with the parameters of `build`, as if they had been trained."""
-    model, params = build(seed, tokenizer.vocab_size + num_marks, **changes)
-    usual = {"decoder": "causal", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}
-    objective = objective or usual[model.config.architecture]
-    config = replace(
-        Config(),
-        model=dataclasses.asdict(model.config) | {"num_positions": 32},
-        data={"tokenizer": "characters", "sequence_length": 16},
-        objective={"name": objective},
-        train={"batch_size": 8},
-        parallel={"fsdp": 1, "tensor": 1},
-        compilation_cache_dir="",
-    )
-    if objective == "seq2seq":
-        config = replace(config, data={"source_path": ("x",), "target_path": ("x",)})
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(to_json(config))
-    (directory / "corpus.json").write_text('{"fingerprint": "x"}')
-    tokenizer.save(directory / "tokenizer")
-    with Checkpoints(directory / CHECKPOINTS, CheckpointConfig()) as checkpoints:
-        checkpoints.save(1, params, {"step": jax.numpy.int32(1)})
-        checkpoints.wait()
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_command import make_run, started  # noqa: F401
-from tiny import TOKENIZER, build
+from tiny import TOKENIZER, build, make_run
 
 from transformer import cli
 from transformer.arguments import exit_status
@@ -17,6 +16,8 @@ from transformer.config import ConfigError
 from transformer.inference.embedding import embed, tokens_of
 from transformer.models.parameters import bind
 from transformer.models.transformer import apply
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 TEXTS = ["dead beef", "", "a faded cafe", "bad"]
 ENCODER: dict[str, Any] = {"architecture": "encoder", "positions": "learned", "num_positions": 32}

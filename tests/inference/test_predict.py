@@ -21,20 +21,15 @@ from transformer.data.answers import Passage
 from transformer.data.tokenizers import BOS, EOS
 from transformer.models.parameters import Tree
 from transformer.models.transformer import Transformer, apply
-from transformer.parallel import sharding, startup
-from transformer.parallel.sharding import make_mesh
 
 TEXTS = ["abc", "h g f e d c b a", "b", "dead beef", "a cab", "face"]
 Predict = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Predict:
+def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None) -> Predict:
     """Returns a function from an objective, the name and text of a file, labels, and keys of `data` and `model` to what is
     predicted, by a run that holds the model of `tiny.build`."""
-    monkeypatch.setattr(startup, "_started", True)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     monkeypatch.chdir(tmp_path)
 
     def run(task: str, name: str, text: str, labels: tuple[str, ...] = (), **changes: Any) -> list[dict[str, Any]]:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.config import ModelConfig
+from transformer.checkpointing.checkpoints import Checkpoints
+from transformer.checkpointing.run import CHECKPOINTS
+from transformer.config import CheckpointConfig, Config, ModelConfig, replace, to_json
 from transformer.data.plain_tokenizers import CharacterTokenizer
 from transformer.data.tokenizers import BOS, PAD, Tokenizer
 from transformer.models.parameters import ParameterSpec, Tree, map_specs, parameter_specs
@@ -109,3 +112,36 @@ def all_texts(
         open_texts = {text: score for text, score in longer.items() if text not in ends}
     assert np.isclose(np.exp(list(found.values())).sum(), 1)
     return found
+
+
+def make_run(
+    directory: Path,
+    tokenizer: Tokenizer = TOKENIZER,
+    seed: int = 3,
+    objective: str = "",
+    num_marks: int = 0,
+    **changes: Any,
+) -> Path:
+    """Writes a run directory with the parameters of `build`, as if they had been trained."""
+    model, params = build(seed, tokenizer.vocab_size + num_marks, **changes)
+    usual = {"decoder": "causal", "encoder": "masked_lm", "encoder_decoder": "seq2seq"}
+    objective = objective or usual[model.config.architecture]
+    config = replace(
+        Config(),
+        model=dataclasses.asdict(model.config) | {"num_positions": 32},
+        data={"tokenizer": "characters", "sequence_length": 16},
+        objective={"name": objective},
+        train={"batch_size": 8},
+        parallel={"fsdp": 1, "tensor": 1},
+        compilation_cache_dir="",
+    )
+    if objective == "seq2seq":
+        config = replace(config, data={"source_path": ("x",), "target_path": ("x",)})
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(to_json(config))
+    (directory / "corpus.json").write_text('{"fingerprint": "x"}')
+    tokenizer.save(directory / "tokenizer")
+    with Checkpoints(directory / CHECKPOINTS, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, params, {"step": jax.numpy.int32(1)})
+        checkpoints.wait()
+    return directory

@@ -7,24 +7,17 @@ import tyro
 
 from transformer.arguments import Overrides, Workdir
 from transformer.config import AdapterConfig, Config, ConfigError, place, replace
+from transformer.run_options import RunOptions
 
 Output = Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeOptions(RunOptions):
     """Make a run of an adapter and its base together: a model like any other, of the same size as the base."""
 
-    workdir: Workdir = ""
-    """The run of the adapter."""
     output: Output = ""
     """The run directory to make."""
-    step: int | None = None
-    """Checkpoint to merge; None: the latest."""
-    best: bool = False
-    """Merge the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Merge the mean of the parameters of this many checkpoints, the last of them the one chosen."""
     config: Overrides = field(default_factory=Config)
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from transformer.arguments import Json, Overrides, Recipe, Workdir
 from transformer.config import Config, ConfigError, place
+from transformer.run_options import RunOptions
 
 Destination = Annotated[str, tyro.conf.arg(metavar="DIR", help_behavior_hint="(required)")]
 
@@ -33,15 +34,13 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(RunOptions):
     """Write the model of a run as transformers reads it, then read it again and compare."""
 
     WORDS: ClassVar[tuple[str, ...]] = ("out",)
 
     out: Destination = ""
     """The folder to make; may be given as a word by itself."""
-    workdir: Workdir = ""
-    """The run directory."""
     format: Literal["huggingface", "peft"] = "huggingface"
     """Layout of the folder; `peft` is of an adapter alone, for the base in the other layout."""
     family: str = ""
@@ -50,12 +49,6 @@ class ExportOptions:
     """Type of the parameters; bfloat16 rounds them."""
     shard_size: float = 5.0
     """Gigabytes (10^9 bytes) of the largest file."""
-    step: int | None = None
-    """Checkpoint to export; None: the latest."""
-    best: bool = False
-    """Export the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Export the mean of the parameters of this many checkpoints, the last of them the one chosen."""
     config: Overrides = field(default_factory=Config)
 
 

@@ -201,12 +201,3 @@ def _parts(stored: Stored, tensor: Tensor, piece: Piece, bounds: tuple[range, ..
     else:
         whole = np.concatenate([portion for _, portion in read_slice(stored, tuple(cut))])
         yield (0,) * whole.ndim, ours(np.take(whole, places - low, axis=line.axis))
-
-
-def names_of(model: ModelConfig, family: Family) -> Mapping[str, list[str]]:
-    """Returns for each of our arrays, by path, the names of the tensors that it is made of."""
-    found: dict[str, list[str]] = {}
-    for tensor in tensors_of(family, model):
-        for piece in tensor.pieces:
-            found.setdefault(piece.path, []).append(tensor.name)
-    return found

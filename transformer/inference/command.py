@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformer.arguments import Json, Overrides, Workdir
+from transformer.arguments import Json, Overrides
 from transformer.config import Config, ConfigError, place, write_atomically
+from transformer.run_options import RunOptions
 
 if TYPE_CHECKING:
     from transformer.inference.text import Generation
@@ -20,15 +21,13 @@ LARGEST = 2**24
 
 
 @dataclass(frozen=True)
-class TextOptions:
+class TextOptions(RunOptions):
     """Write texts with the model of a run: a decoder continues prompts, an encoder-decoder reads and answers them.
 
     --seed chooses among the texts that may be drawn. The other keys of the configuration, which `transformer train --help`
     lists, can be given too: --parallel.tensor 2.
     """
 
-    workdir: Workdir = ""
-    """The run directory."""
     prompt: tuple[str, ...] = ("",)
     """Text to continue, or, for an encoder-decoder, to read; several are worked on side by side."""
     prompt_file: str = ""
@@ -75,12 +74,6 @@ class TextOptions:
     draft_tokens: int = 4
     """Tokens that it proposes at a time."""
 
-    step: int | None = None
-    """Checkpoint to use; None: the latest."""
-    best: bool = False
-    """Use the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Use the mean of the parameters of this many checkpoints, the last of them the one chosen."""
     as_json: Json = False
     """Print a JSON list, an object a text."""
 

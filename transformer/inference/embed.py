@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformer.arguments import Overrides, Workdir
+from transformer.arguments import Overrides
 from transformer.config import Config, ConfigError, write_atomically
+from transformer.run_options import RunOptions
 
 LARGEST = 2**24
 
 
 @dataclass(frozen=True)
-class VectorOptions:
+class VectorOptions(RunOptions):
     """Turn texts into vectors with the model of a run, for search, clustering and comparison.
 
     The other keys of the configuration, which `transformer train --help` lists, can be given too: --parallel.tensor 2.
     """
 
-    workdir: Workdir = ""
-    """The run directory."""
     text: tuple[str, ...] = ()
     """Texts; without any, and without --input, they are read from standard input, one a line."""
     input: str = ""
@@ -38,12 +37,6 @@ class VectorOptions:
     """Tokens of a text that are read, those for begin and end among them; None: all."""
     batch_size: int = 32
     """Texts in a batch; texts of similar length share one."""
-    step: int | None = None
-    """Checkpoint to use; None: the latest."""
-    best: bool = False
-    """Use the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Use the mean of the parameters of this many checkpoints, the last of them the one chosen."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from transformer.arguments import Overrides, Workdir
+from transformer.arguments import Overrides
 from transformer.config import Config
+from transformer.run_options import RunOptions
 
 
 @dataclass(frozen=True)
-class TaskOptions:
+class TaskOptions(RunOptions):
     """Do the task that a run has learned for every record of a file, and write a line of JSON for each, in their order.
 
     Classes come by name and with probabilities, numbers as they are, answers with the place where they stand, texts as greedy
@@ -16,8 +17,6 @@ class TaskOptions:
     given: --data.text-field sentence.
     """
 
-    workdir: Workdir = ""
-    """The run directory."""
     input: str = ""
     """File of records (.jsonl, .parquet, .csv, .tsv; plain, .gz or .zst) or, where one text is read, of texts, one a line."""
     output: str = ""
@@ -26,12 +25,6 @@ class TaskOptions:
     """Records in a batch; those of similar length share one."""
     max_tokens: int = 128
     """Tokens that are written about a text at most."""
-    step: int | None = None
-    """Checkpoint to use; None: the latest."""
-    best: bool = False
-    """Use the checkpoint with the lowest validation loss."""
-    average: int = 1
-    """Use the mean of the parameters of this many checkpoints, the last of them the one chosen."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ def specs(kernel: ParameterSpec, kind: str, block: int) -> tuple[ParameterSpec, 
     rows, dtype = (inputs // 2, "uint8") if is_packed(inputs, kind) else (inputs, "int8")
 
     def spec(rows: int, dtype: str) -> ParameterSpec:
-        made = lambda key, shape: jnp.zeros(shape, dtype)  # noqa: E731
+        def made(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jnp.zeros(shape, dtype)
+
         return ParameterSpec((*layers, rows, outputs), kernel.axes, made, "vector", 0, kernel.num_layers, dtype, True)
 
     return spec(rows, dtype), spec(inputs // block_length(inputs, block), "float32")
