@@ -110,7 +110,8 @@ def from_files(config: Mapping[str, Any], seed: int) -> tuple[Any, dict[str, lis
         made = transformers.AutoConfig.for_model(**config)
         transformers.AutoModelForCausalLM.from_config(made).save_pretrained(place)
         with safe_open(Path(place) / "model.safetensors", "np") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # it is no mapping, and cannot be gone through itself
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
         write_folder(Path(place), json.loads((Path(place) / "config.json").read_text()), shapes, seed)
         # Its fused product of experts takes only widths that are multiples of four.
         eager = {"attn_implementation": "eager", "experts_implementation": "eager"}

@@ -108,7 +108,9 @@ def their_model(config: Mapping[str, Any], seed: int) -> Any:
         model = getattr(transformers, config["architectures"][0])._from_config(made, attn_implementation="eager").eval()
     else:
         kind = getattr(transformers, CLASSES.get(config["model_type"], "AutoModelForCausalLM"))
-        model = kind.from_config(made, attn_implementation="eager").eval()
+        # Its fused product of experts takes only widths that are multiples of four.
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = kind.from_config(made, **eager).eval()
     head = model.get_output_embeddings()
     if config.get("tie_word_embeddings") is False and head.weight is model.get_input_embeddings().weight:
         head.weight = torch.nn.Parameter(head.weight.clone())  # which transformers 5 ties in every T5 that it makes

@@ -19,12 +19,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+OWN = [name for name, config in VARIANTS.items() if config["model_type"] in ("gpt2", "llama", "mistral")]
+"""Later decoders, encoders and T5 go in and out in tests of their own, `test_decoders_live` and `test_encoders_live`."""
+
+DECODERS = [name for name, config in VARIANTS.items() if config["model_type"] not in ("bert", "t5", "mt5")]
+
+READ_ELSEWHERE = ("head_dim", "decoder_start_token_id")
+"""Keys that transformers' class of a family may not declare: its layers ask for the first, and generation for the second."""
+
 SEEDS = (1, 2, 3)
 NEW_TOKENS = 64
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", OWN)
 def test_in_and_out(name: str, seed: int, tmp_path: Path) -> None:
     model = their_model(VARIANTS[name], seed)
     model.save_pretrained(tmp_path / "theirs")
@@ -47,7 +55,7 @@ def test_in_and_out(name: str, seed: int, tmp_path: Path) -> None:
     assert np.array_equal(_greedy(loaded, ids[1]), _greedy(model, ids[1]))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_on_eight_devices(name: str, tmp_path: Path) -> None:
     model = their_model(VARIANTS[name], 0)
     model.save_pretrained(tmp_path)
@@ -72,7 +80,10 @@ def test_defaults_are_those_of_their_config(model_type: str) -> None:
     for key in family_of(model_type).keys:
         if not callable(key.default):
             derived = key.default is None  # they fill in what follows from other keys
-            assert key.theirs in made and (derived or made[key.theirs] == key.default), key
+            if key.theirs not in made:
+                assert key.theirs in READ_ELSEWHERE, key
+            else:
+                assert derived or made[key.theirs] == key.default, key
 
 
 def keys_of(family: Family) -> set[str]:

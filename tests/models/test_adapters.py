@@ -137,7 +137,8 @@ def test_every_split_has_the_same_gradient(mesh: dict[str, int], tiny_config: An
     layout = state_shardings(model, make_optimizer(config, parameter_specs(model)), devices)
     placed = jax.device_put((trained, frozen), (layout.params, layout.frozen))
     with jax.set_mesh(devices):
-        found, _ = jax.jit(lambda t, f: make_gradient(config, model, layout.params)(t, batch, None, 1, f))(*placed)
+        split = jax.jit(lambda t, f, batch: make_gradient(config, model, layout.params)(t, batch, None, 1, f))
+        found, _ = split(*placed, batch)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert distance(np.asarray(one), np.asarray(other)) < 1e-5
 
