@@ -143,7 +143,7 @@ def test_a_run_begins_with_what_another_has(make_run: Make, make_source: Callabl
         pytest.raises(ConfigError, match=r"checkpoint 3 of .* holds parameters alone"),
         Checkpoints(source / CHECKPOINTS) as c,
     ):
-        c.restore(3, params={}, rest={})
+        c.restore(3, params={}, rest={"opt_state": {}})
 
 
 def test_a_start_in_parts(make_run: Make, make_source: Callable[..., Path], tmp_path: Path) -> None:
