@@ -37,7 +37,7 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], delay
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param(("prepare", "save", "step"), id="3"),
+        pytest.param(("save", "step"), id="2"),
         pytest.param(("prepare", "prepare", "start", *("step", "save") * 3, "step"), id="10", marks=pytest.mark.slow),
     ],
 )

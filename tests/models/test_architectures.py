@@ -124,7 +124,31 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-VARIANTS = [pytest.param(changes, id=name) for name, changes in DECODERS.items()]
+IN_EVERY_RUN = (
+    "plain",
+    "scanned, grouped",
+    "window and sinks",
+    "block-sparse",
+    "blockwise",
+    "learned",
+    "relative",
+    "dense and experts",
+    "latent, of queries too, scanned",
+    "linear, performer, retention",
+    "gated linear and Mamba-2",
+    "gated delta net and attention",
+    "encoder-decoder, relative, scanned",
+    "GRU, wide, and attention, scanned",
+    "minGRU",
+    "encoder-decoder, Bahdanau, scanned",
+    "encoder-decoder, Luong",
+)
+"""One of each kind; the others are made on demand."""
+
+VARIANTS = [
+    pytest.param(changes, id=name, marks=[] if name in IN_EVERY_RUN else pytest.mark.slow)
+    for name, changes in DECODERS.items()
+]
 
 
 def build(changes: dict[str, Any]) -> tuple[Transformer, Any]:

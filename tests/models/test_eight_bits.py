@@ -27,8 +27,11 @@ def error(found: jax.Array, exact: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", TOLERANCES)
-@pytest.mark.parametrize("rows", [(50,), (3, 17)], ids=["matrix", "rows of texts"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [((50,), jnp.float32), ((3, 17), jnp.bfloat16), pytest.param((3, 17), jnp.float32, marks=pytest.mark.slow)],
+    ids=["matrix", "rows of texts in bfloat16", "rows of texts"],
+)
 def test_products_and_gradients_are_near_the_exact_ones(name: str, rows: tuple[int, ...], dtype: Any) -> None:
     rng = np.random.default_rng(0)
     # Rows and columns of very different size: one scale for all would lose the small ones.

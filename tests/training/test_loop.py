@@ -169,7 +169,12 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
 
 
 @pytest.mark.parametrize(
-    "moment", ["at the step", "in the validation", pytest.param("killed after it", marks=pytest.mark.slow)]
+    "moment",
+    [
+        pytest.param("at the step", marks=pytest.mark.slow),
+        "in the validation",
+        pytest.param("killed after it", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_does_not_wait_for_a_validation_that_is_due(
     moment: str,
@@ -342,6 +347,7 @@ def test_a_profile_is_written(make_run: Make, tmp_path: Path) -> None:
     assert b"train" in trace.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_profile_survives_the_end_of_a_run_and_a_resume_within_it(
     make_run: Make, tmp_path: Path, signal_after: Callable[[int, int], None]
 ) -> None:

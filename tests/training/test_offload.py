@@ -24,8 +24,15 @@ def kinds(state: Any) -> set[str]:
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("parallel", [ALONE, SPLIT], ids=["one device", "eight devices"])
+@pytest.mark.parametrize(
+    ("optimizer", "parallel"),
+    [
+        pytest.param("adamw", ALONE, id="adamw, one device"),
+        pytest.param("adamw", SPLIT, id="adamw, eight devices", marks=pytest.mark.slow),
+        pytest.param("muon", ALONE, id="muon, one device", marks=pytest.mark.slow),
+        pytest.param("muon", SPLIT, id="muon, eight devices"),
+    ],
+)
 def test_steps_are_the_same_to_the_bit(
     optimizer: str, parallel: dict[str, int], tiny_config: Any, tiny_batch: Any
 ) -> None:
@@ -55,6 +62,7 @@ def test_steps_are_the_same_to_the_bit(
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+@pytest.mark.slow
 def test_a_run_may_move_its_moments_to_the_host_and_back(make_run: Any, assert_same_run: Any, tmp_path: Path) -> None:
     """Four steps here, four more there, four more here: as a run that was given all and stays where it is."""
     assert loop.run(make_run(), tmp_path / "whole") == 0

@@ -73,7 +73,13 @@ def two_steps(mesh: Any, module: Any, optimizer: Any, shardings: Any) -> TrainSt
     return state
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case in ("adamw", "adafactor", "muon", "schedule_free") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_steps_are_those_of_one_device_and_come_back_from_a_checkpoint(
     case: str, tiny_config: Any, tmp_path: Path
 ) -> None:
