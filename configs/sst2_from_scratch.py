@@ -5,18 +5,16 @@ The sentences and labels come from TFDS (glue/sst2, Wang et al. 2018, arXiv:1804
 """
 
 from configs import sst2_pretrain
-from transformer.config import Config, replace
+from transformer.config import Config, ObjectiveConfig, replace
 
 
 def get_config() -> Config:
     return replace(
         sst2_pretrain.get_config(),
-        objective={"name": "sequence_classification", "pooling": "mean"},
+        objective={"name": "sequence_classification", "mask_rate": ObjectiveConfig().mask_rate, "pooling": "mean"},
         data={"label_field": "label"},
-        model={"dropout": 0.1},
-        # A row of 128 tokens holds about five sentences.
         optimizer={"learning_rate": 1e-3, "warmup_steps": 20, "final_ratio": 0.0},
-        train={"num_steps": 400, "batch_size": 8},
+        train={"num_steps": 400},
         evaluation={"every_steps": 100},
         checkpoint={"every_steps": 100},
     )

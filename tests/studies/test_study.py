@@ -1,5 +1,6 @@
 """Studies: which runs they make, what they read from them, and that a stopped one goes on."""
 
+import dataclasses
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from transformer.training import DIVERGED
 
 def outcome(name: str, loss: float, seed: int = 0, diverged: bool = False, **facts: object) -> Outcome:
     final = {"cross_entropy": loss, "accuracy": 1 - loss}
-    return Outcome(name, seed, facts, 1000, diverged, final, [(10, 2 * loss), (20, loss)])
+    return Outcome(name, seed, facts, 1000, 1000, diverged, final, [(10, 2 * loss), (20, loss)])
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -244,7 +245,7 @@ def test_transfer_gives_both_beginnings_the_same_sentences(tmp_path, monkeypatch
     for _ in range(2):  # the second time, the language model is there
         found = transfer.prepare(base, (0, 1), (str(tmp_path / "more.md"),), tmp_path / "study")
     [language_model] = trained
-    assert not problems_of(language_model) and language_model.objective.name == "causal"
+    assert not problems_of(language_model) and language_model.objective.name == "masked_lm"
     texts = [Path(source.removeprefix("local_text:")) for source in language_model.data.source]
     assert [len(path.read_text().splitlines()) for path in texts] == [1200, 2]
 
@@ -262,7 +263,8 @@ def test_transfer_gives_both_beginnings_the_same_sentences(tmp_path, monkeypatch
     assert sentences("100", 0) != sentences("100", 1)
     by_name = {trial.name: trial.seeded(1) for trial in transfer.trials(found)}
     assert not [problem for config in by_name.values() for problem in problems_of(config)]
-    scratch, pretrained = by_name["scratch_100"], by_name["pretrained_100"]
+    scratch, pretrained, lora = (by_name[f"{arm}_100"] for arm in ("scratch", "pretrained", "lora"))
+    assert lora.adapter.base_run == pretrained.init_from.run and not lora.init_from.run
     assert replace(scratch, init_from=vars(pretrained.init_from)) == pretrained and not scratch.init_from.run
     assert scratch.data.path[0].endswith("train-100-1.jsonl")
 
@@ -273,7 +275,12 @@ def test_transfer_tells_what_pretraining_adds():
         for arm, losses in (("scratch", (0.5, 0.46)), ("pretrained", (0.4, 0.36)))
         for seed, loss in enumerate(losses)
     ]
-    assert "| 100 | 52.0 ± 2.8 | 62.0 ± 2.8 | +10.0 |" in transfer.report(found)
+    found.append(outcome("lora_100", 0.35, 0, beginning="lora", labels=100))
+    found[-1] = dataclasses.replace(found[-1], trained_parameters=15)
+    report = transfer.report(found)
+    assert "| 100 | 52.0 ± 2.8 | 62.0 ± 2.8 | 65.0 | +10.0 |" in report
+    assert "scratch trains 1,000 of 1,000 parameters (100.00%)." in report
+    assert "lora trains 15 of 1,000 parameters (1.50%)." in report
     figure = Figure()
     transfer.draw(found, figure)
-    assert len(figure.axes[0].lines) == 4
+    assert len(figure.axes[0].lines) == 6

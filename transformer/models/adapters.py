@@ -208,8 +208,8 @@ def at(tree: Any, path: Path) -> Tree:
     return tree
 
 
-def share(model: Transformer) -> str:
-    """Returns how many parameters are trained, in words; weights in few bits count one by one."""
+def counts(model: Transformer) -> tuple[int, int]:
+    """Returns how many parameters are trained, and how many there are; weights in few bits count one by one."""
     specs = jax.tree.leaves(parameter_specs(model), is_leaf=is_spec)
     trained = sum(spec.count for spec in specs if not spec.is_frozen)
     added = sum(
@@ -218,7 +218,12 @@ def share(model: Transformer) -> str:
         for name, spec in parameter_specs(linear).items()
         if name in ADDED[:3]
     )
-    total = num_parameters(Transformer(model.config)) + added
+    return trained, num_parameters(Transformer(model.config)) + added
+
+
+def share(model: Transformer) -> str:
+    """Returns how many parameters are trained, in words."""
+    trained, total = counts(model)
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 

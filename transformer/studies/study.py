@@ -44,6 +44,8 @@ class Outcome:
     seed: int
     facts: dict[str, Any]
     parameters: int
+    trained_parameters: int
+    """Fewer than `parameters` where there is an adapter."""
     diverged: bool
     """Whether it ended because gradients were not finite."""
     final: dict[str, float]
@@ -113,9 +115,11 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     status = train_run(f"{trial.name}, seed {seed}", config, workdir)
     records = read_metrics(workdir / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "validation"]
+    trained, total = _num_parameters(from_json((workdir / "config.json").read_text()))
     outcome = {
         "seed": seed,
-        "parameters": _num_parameters(from_json((workdir / "config.json").read_text())),
+        "parameters": total,
+        "trained_parameters": trained,
         "diverged": status == DIVERGED,
         "final": {n: v for n, v in validations[-1].items() if isinstance(v, float)} if validations else {},
         "curve": [(record["step"], record["cross_entropy"]) for record in validations],
@@ -161,14 +165,16 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _num_parameters(config: Config) -> int:
+def _num_parameters(config: Config) -> tuple[int, int]:
+    """Returns how many parameters a run has trained, and how many its model has."""
     import jax
 
     from transformer.checkpointing.run import for_platform
-    from transformer.models.parameters import num_parameters
+    from transformer.models import adapters
     from transformer.models.transformer import Transformer
 
-    return num_parameters(Transformer(for_platform(config.model, jax.default_backend())))
+    model = Transformer(for_platform(config.model, jax.default_backend()))
+    return adapters.counts(model if config.adapter.kind == "none" else adapters.adapted(model, config.adapter))
 
 
 def _records(trial: Trial, directory: Path) -> list[dict[str, Any]]:
@@ -185,6 +191,7 @@ def _outcome(trial: Trial, record: Mapping[str, Any]) -> Outcome:
         record["seed"],
         trial.facts,
         record["parameters"],
+        record["trained_parameters"],
         record["diverged"],
         record["final"],
         [(step, loss) for step, loss in record["curve"]],

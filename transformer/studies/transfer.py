@@ -1,7 +1,8 @@
 """What pretraining is worth: a classifier begun with a language model against one begun with random values, by number of labels.
 
 Both have the same size, tokenizer, steps and rates, and are trained on the same sentences: the first so many of an order that
-the seed gives. The language model has read the sentences of all, without their labels, and what other text is given.
+the seed gives. The language model has read the sentences of all, without their labels, and what other text is given. A third
+begins with it too, and trains a LoRA adapter and the head alone.
 """
 
 import json
@@ -25,6 +26,11 @@ STEPS: dict[int | None, int] = {100: 100, 1000: 200, None: 900}
 ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "scratch": lambda base: {"init_from": {"run": "", "allow_missing": ()}},
     "pretrained": lambda base: {},
+    "lora": lambda base: {
+        "init_from": {"run": "", "allow_missing": ()},
+        "adapter": {"kind": "lora", "base_run": base.init_from.run, "rank": 3, "alpha": 6.0},
+        "optimizer": {"learning_rate": 10 * base.optimizer.learning_rate, "weight_decay": 0.0},
+    },
 }
 """What is changed of a run that begins with the language model, by name."""
 
@@ -72,11 +78,16 @@ def language_model(base: Config, sources: tuple[str, ...]) -> Config:
     """Returns the configuration of the language model: the recipe's network, and how `sst2_pretrain` is trained."""
     recipe, problems, _ = load_config("sst2_pretrain")
     assert not problems, problems
-    data = {"source": sources, "weights": (0.5,) * len(sources), "validation_split": "", "text_field": "text"}
+    data = {
+        "source": sources,
+        "weights": (1 / len(sources),) * len(sources),
+        "validation_split": "",
+        "text_field": "text",
+    }
     own = {"cache_dir": base.data.cache_dir, "tokenizer_vocab_size": base.data.tokenizer_vocab_size}
     return replace(
         recipe,
-        model=vars(base.model) | {"dropout": 0.0, "num_labels": 0},
+        model=vars(base.model) | {"num_labels": 0},
         data=data | own,
         parallel=vars(base.parallel),
     )
@@ -172,7 +183,14 @@ def report(outcomes: Sequence[Outcome]) -> str:
             more = f"{sum(pretrained) / len(pretrained) - sum(scratch) / len(scratch):+.1f}"
         rows.append([f"{count:,}" if count else "all", *(spread(values, 1) for values in by_arm.values()), more])
     header = ["labels", *(arm.replace("_", " ") for arm in ARMS), "pretraining adds"]
-    return f"Accuracy in percent, mean and standard deviation over seeds.\n\n{table(header, rows)}"
+    facts = {outcome.facts["beginning"]: outcome for outcome in outcomes}
+    shares = [
+        f"{arm.replace('_', ' ')} trains {one.trained_parameters:,} of {one.parameters:,} parameters"
+        f" ({one.trained_parameters / one.parameters:.2%})."
+        for arm, one in facts.items()
+    ]
+    text = "Accuracy in percent, mean and standard deviation over seeds."
+    return "\n\n".join([text, table(header, rows), " ".join(shares)])
 
 
 def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
