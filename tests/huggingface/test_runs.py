@@ -15,6 +15,7 @@ from transformer.config import ModelConfig
 from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.huggingface.published import SAMPLES, write_tokenizer
+from transformer.inference.text import ends_of
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -65,6 +66,7 @@ def test_in_out_and_in_again(published: Path, tmp_path: Path, command: Callable[
     assert config["model"]["num_kv_heads"] == 1 and config["data"]["tokenizer_path"] == str(run / "tokenizer")
     tokenizer = load_tokenizer(run / "tokenizer")
     assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+    assert ends_of(tokenizer) == (1, 0)
 
     status, told = command("export", "--workdir", run, "--format", "huggingface", out, "--shard-size", 2e-5)
     assert status == 0, told

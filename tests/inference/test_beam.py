@@ -11,11 +11,15 @@ from transformer.data.tokenizers import BOS, EOS
 from transformer.inference.beam import beam_search, length_penalty
 from transformer.inference.generate import generate
 from transformer.inference.sampling import Sampling
+from transformer.inference.text import ends_of
 from transformer.models.parameters import Tree
 from transformer.models.transformer import Transformer
 
 TWO = CharacterTokenizer("ab")
 """Four tokens that can be drawn: the end, the unknown, and two characters."""
+TWO_ENDS = CharacterTokenizer("ab")
+"""The same, but a text ends at a b too."""
+setattr(TWO_ENDS, "more_ends", tuple(TWO.encode("b").tolist()))  # noqa: B010
 PROMPTS = ("ab", "", "bbba")
 
 
@@ -65,10 +69,11 @@ def test_the_penalty_decides_between_short_and_long() -> None:
 
 
 def narrow(
-    model: Any, params: Any, prompt: str, max_tokens: int, width: int, alpha: float
+    model: Any, params: Any, tokenizer: Any, prompt: str, max_tokens: int, width: int, alpha: float
 ) -> tuple[float, tuple[int, ...]]:
     """Beam search by its definition, in dictionaries, without ever stopping early: best score and its tokens."""
-    every = all_texts(model, params, TWO, prompt, max_tokens)
+    every, ends = all_texts(model, params, tokenizer, prompt, max_tokens), ends_of(tokenizer)
+    count = (1 + len(ends)) * width
 
     def log_probability(text: tuple[int, ...]) -> float:
         if text in every:
@@ -78,21 +83,21 @@ def narrow(
     beams, best = [()], (-np.inf, ())
     for length in range(1, max_tokens + 1):
         longer = sorted(((log_probability((*b, t)), (*b, t)) for b in beams for t in range(2, 6)), reverse=True)
-        for score, text in longer[: 2 * width]:
-            if text[-1] == EOS or length == max_tokens:
+        for score, text in longer[:count]:
+            if text[-1] in ends or length == max_tokens:
                 best = max(best, (score / ((5 + length) / 6) ** alpha, text))
-        beams = [text for _, text in longer[: 2 * width] if text[-1] != EOS][:width]
+        beams = [text for _, text in longer[:count] if text[-1] not in ends][:width]
     return best
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_narrow_beam_is_the_search_by_definition(alpha: float) -> None:
+@pytest.mark.parametrize(("alpha", "tokenizer"), [(0.0, TWO), (1.0, TWO), (1.0, TWO_ENDS)])
+def test_a_narrow_beam_is_the_search_by_definition(alpha: float, tokenizer: Any) -> None:
     """Stopping early, of each prompt by itself, changes nothing."""
     model, params = tiny()
-    found = beam_search(model, params, TWO, PROMPTS, 4, num_beams=2, alpha=alpha)
+    found = beam_search(model, params, tokenizer, PROMPTS, 4, num_beams=2, alpha=alpha)
     for prompt, (text,) in zip(PROMPTS, found, strict=True):
-        score, tokens = narrow(model, params, prompt, 4, 2, alpha)
-        assert text.tokens == tokens[: len(tokens) - (tokens[-1] == EOS)]
+        score, tokens = narrow(model, params, tokenizer, prompt, 4, 2, alpha)
+        assert text.tokens == tokens[: len(tokens) - (tokens[-1] in ends_of(tokenizer))]
         assert text.score == pytest.approx(score, rel=1e-4)
 
 

@@ -25,6 +25,7 @@ from transformer.inference.command import GenerateOptions
 from transformer.inference.generate import generate
 from transformer.inference.samples import sample
 from transformer.inference.sampling import Sampling
+from transformer.inference.text import ends_of
 from transformer.parallel.sharding import make_mesh, use_rules
 
 # All prompts but those that are only written have 32 to 63 tokens, so that one program serves them.
@@ -107,6 +108,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn() -> None:
     dressed, stop = speech.tokens([prompt])
     start, end = (tokenizer.encode(name)[0] for name in ("<|im_start|>", "<|im_end|>"))
     assert stop == () and (dressed.bos, dressed.eos) == (start, end)
+    assert ends_of(dressed) == (end, tokenizer.eos)
     assert np.append(dressed.bos, dressed.encode(prompt)).tolist() == tokenizer.encode(prompt).tolist()
     plain = speech_of(replace(CONFIG, data={"chat_template": "chatml"}), TOKENIZER)
     dressed, stop = plain.tokens([plain.prompt([{"role": "user", "content": "Hi"}])])

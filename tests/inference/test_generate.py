@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny import TOKENIZER, build, uncached_logits
+from tiny import SEVERAL, TOKENIZER, build, uncached_logits
 
 from transformer.config import Config, ConfigError, replace
 from transformer.data.tokenizers import BOS, EOS, PAD
@@ -102,6 +102,24 @@ def test_a_stop_string_ends_its_row_alone() -> None:
         assert pieces == [result.text for result in found] == [result.text.partition(stop)[0] for result in plain]
         assert found == run(model, params, Sampling(1.5), 30, stop=[stop])
         assert [text.ended for text in found] == [old.ended or stop in old.text for old in plain]
+
+
+def cut(plain: list[Generation]) -> list[tuple[tuple[int, ...], bool]]:
+    """Returns tokens, and whether they ended, of texts that end at an a, too."""
+    (a,) = TOKENIZER.encode("a").tolist()
+    return [
+        (text.tokens[: text.tokens.index(a)], True) if a in text.tokens else (text.tokens, text.ended) for text in plain
+    ]
+
+
+def test_any_of_several_ends_is_one() -> None:
+    model, params = build()
+    plain = [text for seed in range(4) for text in run(model, params, Sampling(1.5), 12, seed=seed)]
+    found = [
+        text for seed in range(4) for text in generate(model, params, SEVERAL, PROMPTS, 12, Sampling(1.5), seed=seed)
+    ]
+    assert [(text.tokens, text.ended) for text in found] == cut(plain)
+    assert sum(one.tokens != other.tokens for one, other in zip(found, plain, strict=True)) > 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny import ENDLESS, TOKENIZER, all_texts, build
+from tiny import ENDLESS, SEVERAL, TOKENIZER, all_texts, build
 
 from transformer.config import ConfigError
 from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
@@ -169,6 +169,13 @@ def test_a_row_depends_on_its_numbers_alone_and_stops_at_stop_strings() -> None:
     assert len(stop) == 2
     stopped = texts(PROMPTS, seed=3, stop=[stop])
     assert [text.text for text in stopped] == [text.text.partition(stop)[0] for text in together]
+    given = ((model, model), (params, draft_params), SEVERAL, PROMPTS, 20, Sampling(1.5))
+    several = speculate(*given, num_draft_tokens=3, seed=3)[0]
+    assert (
+        [text.text for text in several]
+        == [text.text.partition("a")[0] for text in together]
+        != [text.text for text in together]
+    )
 
 
 def test_drafts_that_do_not_fit() -> None:

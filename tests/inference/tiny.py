@@ -14,6 +14,7 @@ from transformer.checkpointing.run import CHECKPOINTS
 from transformer.config import CheckpointConfig, Config, ModelConfig, replace, to_json
 from transformer.data.plain_tokenizers import CharacterTokenizer
 from transformer.data.tokenizers import BOS, PAD, Tokenizer
+from transformer.inference.text import ends_of
 from transformer.models.parameters import ParameterSpec, Tree, map_specs, parameter_specs
 from transformer.models.transformer import Transformer, apply
 
@@ -23,6 +24,10 @@ TOKENIZER = CharacterTokenizer("abcdefgh ")
 ENDLESS = CharacterTokenizer(TOKENIZER.characters)
 """The same, but its end, a row that only pads the tables, is never drawn."""
 ENDLESS.eos = 100
+
+SEVERAL = CharacterTokenizer(TOKENIZER.characters)
+"""The same, but a text ends at an a too, as at one of the several ends of a published model."""
+setattr(SEVERAL, "more_ends", tuple(TOKENIZER.encode("a").tolist()))  # noqa: B010
 
 
 @functools.cache
@@ -107,7 +112,7 @@ def all_texts(
             for row, (text, score) in enumerate(open_texts.items())
             for token in tokens
         }
-        ends = {text for text in longer if text[-1] == tokenizer.eos or length == max_tokens}
+        ends = {text for text in longer if text[-1] in ends_of(tokenizer) or length == max_tokens}
         found |= {text: longer[text] for text in ends}
         open_texts = {text: score for text, score in longer.items() if text not in ends}
     assert np.isclose(np.exp(list(found.values())).sum(), 1)

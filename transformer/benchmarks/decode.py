@@ -100,7 +100,7 @@ def generated(model: Any, params: Any, size: int, length: int, new_tokens: int) 
 
     reads = model.encoder is not None
     batch = columns("encoder_", length) | columns("", 1) if reads else columns("", length)
-    numbers = {"seed": np.uint32(0), "rows": np.zeros((size, 2), np.int32), "eos": np.int32(-1)}
+    numbers = {"seed": np.uint32(0), "rows": np.zeros((size, 2), np.int32), "ends": np.array([-1], np.int32)}
     draw = Sampling(temperature=0.0).arrays() | numbers | {"forbidden": np.zeros(0, np.int32)}
     batch, draw, limit = jax.device_put((batch, draw, np.int32(new_tokens)))
     start = time.perf_counter()

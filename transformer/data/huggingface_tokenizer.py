@@ -54,6 +54,8 @@ class HuggingFaceTokenizer:
             problem = f"has no token for the end of a document, none of {', '.join(_ENDS['end'])}"
             raise ConfigError(f"data.tokenizer_path = {where!r} {problem}")
         self.bos, self.eos = (vocabulary[ends[what]] for what in ("begin", "end"))
+        self.more_ends = tuple(end for end in self._settings.get("eos_token_ids", ()) if end < self.vocab_size)
+        """What a published model ends its texts with besides `eos`."""
         # What its settings leave out has no name in a chat template either.
         says = any(key in self._settings for key in keys.values())
         self.special_names = {key: (given if says else ends)[what] for what, key in keys.items()}
@@ -77,7 +79,7 @@ class HuggingFaceTokenizer:
         if self.chat_template:
             write_atomically(directory / "chat_template.jinja", self.chat_template)
         says: dict[str, Any] = {key: name for key, name in self.special_names.items() if key in self._settings}
-        says |= {key: value for key, value in self._settings.items() if key.endswith("_id")}
+        says |= {key: value for key, value in self._settings.items() if key.endswith(("_id", "_ids"))}
         save_config(directory, kind="huggingface", **says)
 
     @classmethod
@@ -105,6 +107,9 @@ def settings_in(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"{folder}: {key} = {str(value)[:100]!r} is not a token")
     numbers = numbers_in(folder)
     found |= {f"{key}_id": numbers[key] for key in ("bos_token", "eos_token") if key in numbers and not found.get(key)}
+    listed = [_config_in(folder, name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
+    ends = {end for one in listed if isinstance(one, list) for end in one if type(end) is int and 0 <= end < 2**31}
+    found |= {"eos_token_ids": sorted(ends)} if ends else {}
     template = template_in(folder)
     return found | ({"chat_template": template} if template else {})
 

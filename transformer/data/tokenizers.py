@@ -69,7 +69,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return getattr(importlib.import_module(module), name).load(directory, **config)
 
 
-def save_config(directory: Path, **config: str | int) -> None:
+def save_config(directory: Path, **config: str | int | list[int]) -> None:
     """Writes the kind of a tokenizer and what belongs to it: the file that makes a saved tokenizer whole."""
     write_atomically(directory / _CONFIG_FILE, json.dumps(config) + "\n")
 

@@ -13,7 +13,7 @@ from transformer.data.tokenizers import Tokenizer
 from transformer.inference.caches import constrained, lengthened, placing, reordered, repeated
 from transformer.inference.generate import extend, following, prefill
 from transformer.inference.prompts import SMALLEST_BUCKET, bucket, check_prompts, encode_prompts, forbidden_tokens
-from transformer.inference.text import Generation, Text
+from transformer.inference.text import Generation, Text, ends_of
 from transformer.models.cache import Cache
 from transformer.models.parameters import Tree
 from transformer.models.transformer import MASKED_LOGIT, Transformer
@@ -25,7 +25,7 @@ of the N best finished texts `best_scores` (over the penalty), `best_tokens`, `b
 the `number` of tokens so far, and which prompts are `done` [B]."""
 
 Settings = dict[str, Array]
-"""The `limit` of tokens, the exponent `alpha` of the penalty, the token `eos`, and those that are `forbidden`."""
+"""The `limit` of tokens, the exponent `alpha` of the penalty, the tokens `ends`, and those that are `forbidden`."""
 
 
 def length_penalty(length: Any, alpha: Any) -> Any:
@@ -38,8 +38,8 @@ def select(
 ) -> tuple[Beams, Int[Array, "B K"], Int[Array, "B K"]]:
     """Returns the search a token later, the beam that each of the new ones continues, and its token.
 
-    Of the 2 K best continuations those that end are finished, and the K best of the others stay open: at most one of a
-    beam's continuations ends, so K of them are left. At the limit all are finished. A prompt is done when the best that
+    Of the best continuations, K more than there can be ends, those that end are finished, and the K best of the others stay
+    open. At the limit all are finished. A prompt is done when the best that
     its open beams can still reach, with no further loss and the mildest penalty, is no better than its N finished texts.
     """
     batch, width, vocabulary = logits.shape
@@ -48,11 +48,11 @@ def select(
     # Columns that are no tokens are no continuation, however few tokens there are.
     log_probabilities = jnp.where(logits <= MASKED_LOGIT / 2, -jnp.inf, jax.nn.log_softmax(logits))
     total = (beams["scores"][:, :, None] + log_probabilities).reshape(batch, width * vocabulary)
-    scores, chosen = jax.lax.top_k(total, min(2 * width, width * vocabulary))
+    scores, chosen = jax.lax.top_k(total, min((1 + len(settings["ends"])) * width, width * vocabulary))
     parents, tokens = chosen // vocabulary, (chosen % vocabulary).astype(jnp.int32)
     texts = jnp.take_along_axis(beams["tokens"], parents[:, :, None], axis=1)
     texts = jax.lax.dynamic_update_slice(texts, tokens[:, :, None], (0, 0, number - 1))
-    is_end = tokens == settings["eos"]
+    is_end = jnp.any(tokens[..., None] == settings["ends"], axis=-1)
 
     # The old ones come first, so that of equals the earlier stays.
     finished = jnp.where(is_end | (number == limit), scores / length_penalty(number, alpha), -jnp.inf)
@@ -170,7 +170,7 @@ def beam_search(
     settings = {
         "limit": np.int32(max_tokens),
         "alpha": np.float32(alpha),
-        "eos": np.int32(tokenizer.eos),
+        "ends": np.array(ends_of(tokenizer), np.int32),
         "forbidden": forbidden_tokens(model, tokenizer),
     }
     # Each step attends to, and moves, every column that there is room for: the cache begins short.

@@ -14,6 +14,7 @@ import numpy as np
 from transformer.config import Config, ConfigError
 from transformer.data import chats
 from transformer.data.tokenizers import Ids, Tokenizer
+from transformer.inference.text import ends_of
 
 if TYPE_CHECKING:
     from transformer.inference.text import Generation
@@ -35,6 +36,7 @@ class ChatTokenizer:
         self.is_token = len(ends) == 1 and not tokenizer.decode(ends)
         """Whether the end of a turn is a token of its own; otherwise it is text, at which a generation has to stop."""
         self.eos = int(ends[0]) if self.is_token else tokenizer.eos
+        self.more_ends = ends_of(tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a prompt after its first."""

@@ -13,7 +13,7 @@ from transformer.data.tokenizers import Tokenizer
 from transformer.inference.caches import constrained, placing
 from transformer.inference.prompts import bucket, check_prompts, encode_prompts, forbidden_tokens
 from transformer.inference.sampling import Sampling, key_of, sample_logits
-from transformer.inference.text import Generation, Text
+from transformer.inference.text import Generation, Text, ends_of
 from transformer.models.cache import Cache
 from transformer.models.parameters import Tree
 from transformer.models.transformer import Transformer, apply, empty_cache
@@ -24,7 +24,7 @@ TOKENS_BETWEEN_STOPS = 16
 
 Draw = dict[str, Array]
 """How tokens are drawn: what `Sampling.arrays` says, the `seed`, the `rows` [B, 2] (numbers of prompt and sample), the
-tokens that are `forbidden`, and the one that ends a text, `eos`. None of their values compiles anything anew."""
+tokens that are `forbidden`, and those that end a text, `ends`. None of their values compiles anything anew."""
 
 State = dict[str, Any]
 """Texts under way: the `cache` of all tokens but the last, the `batch` [B, 1] of the last, the new `tokens` [B, T], their
@@ -62,6 +62,11 @@ def tokens_seen(model: Transformer, batch: dict[str, Array]) -> Bool[Array, "B V
     return seen.at[rows, jnp.where(is_token, batch["inputs"], size)].set(True, mode="drop")
 
 
+def is_end(tokens: Array, draw: Draw) -> Array:
+    """Returns which tokens end a text."""
+    return jnp.any(tokens[..., None] == draw["ends"], axis=-1)
+
+
 def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
     """Returns the state with a token of each row drawn from its logits."""
     number = state["number"]
@@ -77,7 +82,7 @@ def _drawn(logits: Float[Array, "B V"], state: State, draw: Draw) -> State:
         "tokens": constrain(texts, "whole", "whole"),
         "number": number + 1,
         "seen": constrain(seen, "whole", "whole"),
-        "done": constrain(state["done"] | (tokens == draw["eos"]), "whole"),
+        "done": constrain(state["done"] | is_end(tokens, draw), "whole"),
     }
 
 
@@ -111,7 +116,11 @@ def how_to_draw(
     model: Transformer, tokenizer: Tokenizer, sampling: Sampling, seed: int, rows: Sequence[tuple[int, int]]
 ) -> dict[str, np.generic | np.ndarray]:
     """Returns a `Draw` in NumPy."""
-    numbers = {"seed": np.uint32(seed % 2**32), "rows": np.array(rows, np.int32), "eos": np.int32(tokenizer.eos)}
+    numbers = {
+        "seed": np.uint32(seed % 2**32),
+        "rows": np.array(rows, np.int32),
+        "ends": np.array(ends_of(tokenizer), np.int32),
+    }
     return sampling.arrays() | numbers | {"forbidden": forbidden_tokens(model, tokenizer)}
 
 

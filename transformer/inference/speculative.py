@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from transformer.config import ConfigError
 from transformer.data.tokenizers import Tokenizer
 from transformer.inference.caches import can_rewind, placing, rewound, row_by_row
-from transformer.inference.generate import TOKENS_BETWEEN_STOPS, Draw, how_to_draw, prefill, tokens_seen
+from transformer.inference.generate import TOKENS_BETWEEN_STOPS, Draw, how_to_draw, is_end, prefill, tokens_seen
 from transformer.inference.prompts import bucket, check_prompts, encode_prompts
 from transformer.inference.sampling import Sampling, kept_logits, key_of, sample_logits
 from transformer.inference.text import Generation, Text
@@ -120,7 +120,7 @@ def _round(models: Models, params: tuple[Tree, Tree], state: State, draw: Draw, 
         return rewound(read, before["index"] + gained)
 
     new = jnp.where(places < accepted, jnp.append(proposed, 0), token)
-    ends = (new == draw["eos"]) & (places <= accepted)
+    ends = is_end(new, draw) & (places <= accepted)
     # What the draft proposed beyond the end of a text, or the limit, is of no use.
     first_end = jnp.where(jnp.any(ends), jnp.argmax(ends) + 1, accepted)
     useful = jnp.minimum(jnp.minimum(accepted, first_end), draw["limit"] - state["count"])
@@ -162,7 +162,7 @@ def _begin(models: Models, params: tuple[Tree, Tree], batches: Any, draw: Draw, 
         "row": draw["rows"],
         "rounds": none,
         "accepted": none,
-        "done": (tokens == draw["eos"]) | (draw["limit"] <= 1),
+        "done": is_end(tokens, draw) | (draw["limit"] <= 1),
     }
 
 

@@ -8,6 +8,11 @@ import numpy as np
 from transformer.data.tokenizers import Tokenizer
 
 
+def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end what a model writes: `eos`, and those that a published model has besides."""
+    return tuple(dict.fromkeys((tokenizer.eos, *getattr(tokenizer, "more_ends", ()))))
+
+
 @dataclass(frozen=True)
 class Generation:
     """What the model wrote after, or about, one prompt."""
@@ -26,7 +31,7 @@ class Text:
     """The text of one row, decoded as its tokens come, so that a character of several tokens comes out whole."""
 
     def __init__(self, tokenizer: Tokenizer, begin: np.ndarray, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.tokenizer, self.stop, self.ends = tokenizer, tuple(stop), ends_of(tokenizer)
         self.tokens: list[int] = begin.tolist()
         self.num_begin_tokens = len(self.tokens)
         self.text = ""
@@ -51,8 +56,9 @@ class Text:
             return "".join(self.add([token], end) for token, end in zip(tokens, ends, strict=True))
         if self.ended:
             return ""
-        self.ended = self.tokenizer.eos in tokens
-        self.tokens += tokens[: list(tokens).index(self.tokenizer.eos)] if self.ended else tokens
+        places = [place for place, token in enumerate(tokens) if token in self.ends]
+        self.ended = bool(places)
+        self.tokens += tokens[: places[0]] if places else tokens
         self.text += self._decoded(last or self.ended)
         found = [place for stop in self.stop if (place := self.text.find(stop, self._told)) >= 0]
         if found:
