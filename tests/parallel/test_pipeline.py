@@ -146,6 +146,12 @@ def assert_followed(log: Any, kind: Any, stages: int, parts: int, rounds: int = 
     np.testing.assert_array_equal(log[came][:, 2:4], backward[came])
     # A gradient is that of what a group has made: it has passed one group more than what came into it.
     np.testing.assert_array_equal(log[came][:, 4:], backward[came] + [0, 1])
+    # Where no stage has anything to do, none computes: so the program rests as long as the formula says, and no longer.
+    computed = [np.any(half != IDLE, axis=(1, 2)) for half in (log[..., :2], log[..., 2:])]
+    np.testing.assert_array_equal(computed[0], np.any(went, axis=1))
+    np.testing.assert_array_equal(computed[1], np.any(came, axis=1))
+    time = computed[0].sum() + 2 * computed[1].sum()
+    assert 1 - 3 * parts * rounds / time == pytest.approx((stages - 1) / (parts * rounds + stages - 1))
 
 
 def test_1f1b_and_gpipe_compute_what_one_device_does_and_the_first_keeps_less(run):
