@@ -61,6 +61,19 @@ def test_an_adapter_is_kept_apart_from_its_base(
     assert not (tmp_path / "wide").exists()
 
 
+def test_a_base_may_have_more_tokens_than_the_task(make_run: Callable[..., Config], tmp_path: Path) -> None:
+    """The model of a masked language model has a row for the token in the place of others, and a decoder's tokenizer none."""
+    rare = {"evaluation": {"every_steps": 0, "sample_tokens": 0}, "checkpoint": {"every_steps": 0}}
+    config = make_run(train={"num_steps": 1}, model={"architecture": "encoder"}, **rare)
+    base, workdir = tmp_path / "base", tmp_path / "adapter"
+    masked = replace(config, objective={"name": "masked_lm", "mask_rate": 0.3})
+    assert run(masked, base) == 0
+    task = replace(config, objective={"name": "masked_lm", "mask_rate": 0.3, "mask_token": 0})
+    assert run(replace(task, adapter={"kind": "lora", "rank": 2, "base_run": str(base)}), workdir) == 0
+    sizes = [load_run(place).config.model.vocab_size for place in (base, workdir)]
+    assert sizes[0] == sizes[1] == load_run(base).tokenizer.vocab_size + 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -27,6 +27,6 @@ def problems_of_adapters(config: Config) -> Iterator[str]:
         yield f"parallel.stage = {config.parallel.stage} with {kind}: {pipeline}"
     if adapter.base != "none" and importlib.util.find_spec("qwix") is None:
         wanted = f"adapter.base = {adapter.base!r}"
-        yield f"{wanted} needs the package qwix (pip install 'transformer[quantization]')"
+        yield f"{wanted} needs the package qwix (pip install -e '.[quantization]')"
     if adapter.base != "none" and config.model.matrix_products != "compute_dtype":
         yield f"model.matrix_products = {config.model.matrix_products!r}: a base kept as {adapter.base} has its own products"

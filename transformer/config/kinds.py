@@ -171,7 +171,7 @@ def recall_problems(config: Config) -> Iterator[str]:
 def eight_bit_problems(model: ModelConfig) -> Iterator[str]:
     if importlib.util.find_spec("qwix") is None:
         wanted = f"model.matrix_products = {model.matrix_products!r}"
-        yield f"{wanted} needs the package qwix (pip install 'transformer[quantization]')"
+        yield f"{wanted} needs the package qwix (pip install -e '.[quantization]')"
 
 
 def remat_problems(model: ModelConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from transformer.plans.chips import Chip, Topology
 from transformer.plans.collectives import Collective, MeshShape, collectives_of, size_of
 
 INSTALL = {
-    "tpu": "compiling for a TPU needs libtpu, which needs no TPU: pip install 'transformer[tpu]'",
+    "tpu": "compiling for a TPU needs libtpu, which needs no TPU: pip install -e '.[tpu]'",
     "gpu": "compiling for GPUs that are not here is not built in: --arithmetic plans for them without a compiler",
 }
 

@@ -1,9 +1,11 @@
 """A plan as lines to read, and as a record for JSON."""
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
+from transformer.benchmarks.measure import machine
 from transformer.benchmarks.report import table
 from transformer.config import Config, mesh_axes
 from transformer.plans.arithmetic import HIDDEN, Estimate, changes_that_help
@@ -150,6 +152,8 @@ def record_of(compiled: Compiled, tokens: float = 0.0) -> dict[str, Any]:
     """Returns the plan for JSON."""
     topology, memory = compiled.topology, compiled.memory
     record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
         "topology": {"name": topology.name, "slices": topology.num_slices, "chips": topology.num_chips},
         "axes": compiled.axes,
         "flags": flags_of(compiled.config, topology),
