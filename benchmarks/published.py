@@ -93,10 +93,10 @@ def main() -> None:
             if seconds is not None:
                 record[remat]["error"] = seconds / run.step_seconds - 1
         records.append(record)
-        shown = [
-            f"{one['seconds']:.3g} s ({one['error']:+.0%})" if one["seconds"] else "does not fit"
-            for one in (record["full"], record["dots"])
-        ]
+        shown = []
+        for one in (record["full"], record["dots"]):
+            size = f"{one['bytes'] / 1e9:.0f} of {one['hbm_bytes'] / 1e9:.0f} GB"
+            shown.append(f"{one['seconds']:.3g} s ({one['error']:+.0%}), {size}" if one["seconds"] else "does not fit")
         rows.append((run.name, f"{run.step_seconds:.3g} s", *shown))
     print(table(("", "published", "predicted, full", "predicted, dots"), rows))
     result = {"command": " ".join(["python", *sys.argv]), "machine": machine(), "runs": records}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,6 +154,7 @@ def record_of(compiled: Compiled, tokens: float = 0.0) -> dict[str, Any]:
     topology, memory = compiled.topology, compiled.memory
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
+        "command": ["transformer", *sys.argv[1:]],
         "machine": machine(),
         "topology": {"name": topology.name, "slices": topology.num_slices, "chips": topology.num_chips},
         "axes": compiled.axes,
