@@ -184,6 +184,13 @@ def check(command: Command, directory: Path) -> None:
     elif program in ("docker", "kubectl"):
         for file in [value for flag, value in itertools.pairwise(arguments) if flag in ("--file", "--filename")]:
             assert (ROOT / file).is_file(), f"{command}: no such file"
+    elif program == "python3.12":
+        assert arguments[:2] == ["-m", "venv"] and len(arguments) == 3, f"{command}: makes no environment"
+    elif program.endswith("/pip"):
+        given = _options(arguments)
+        assert (ROOT / given["--constraint"]).is_file(), f"{command}: no such file"
+        extra = given["--editable"].removeprefix(".[").removesuffix("]")
+        assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     elif program in ("pytest", "pre-commit", "sacrebleu"):
         assert any(requirement.name == program for requirement in _requirements())
     else:
@@ -202,6 +209,8 @@ def test_documented_command_is_sound(command: Command, tmp_path: Path, monkeypat
     "line",
     [
         "make tests",
+        "x/bin/pip install --constraint constraints/jax-0.1.txt --editable .[tpu]",
+        "x/bin/pip install --constraint constraints/jax-0.12.txt --editable .[tqu]",
         "python train.py --config configs/stdlib.py --workdir x --model.widht 3",
         "python train.py --config configs/nothing.py --workdir x",
         "python train.py --config configs/stdlib.py --workdir x --model.width 255",

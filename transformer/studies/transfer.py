@@ -192,6 +192,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
         f"{arm.replace('_', ' ')} trains {one.trained_parameters:,} of {one.parameters:,} parameters"
         f" ({one.trained_parameters / one.parameters:.2%})."
         for arm, one in facts.items()
+        if one.trained_parameters < one.parameters
     ]
     text = "Accuracy in percent, mean and standard deviation over seeds."
     return "\n\n".join([text, table(header, rows), " ".join(shares)])
