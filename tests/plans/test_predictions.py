@@ -94,7 +94,7 @@ def test_mistakes_are_told_before_anything_is_compiled(arguments: list[str], mes
 
 def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'transformer\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[tpu\]'"):
         compilation.prepare(CHIPS["v5e"], config)
 
 
