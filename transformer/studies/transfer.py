@@ -35,7 +35,7 @@ ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
 """What is changed of a run that begins with the language model, by name."""
 
 LONGER = {"lora": 3}
-"""Times as many steps as others have: with three an adapter comes near to what all parameters learn, with one it does not."""
+"""Times as many steps as others have: an adapter learns more slowly."""
 
 PIECE = 2000
 """Characters from which on other text is cut, at the end of a paragraph, into documents."""
@@ -195,7 +195,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
         if one.trained_parameters < one.parameters
     ]
     text = "Accuracy in percent, mean and standard deviation over seeds."
-    return "\n\n".join([text, table(header, rows), " ".join(shares)])
+    return "\n\n".join([text, table(header, rows).rstrip(), " ".join(shares)])
 
 
 def draw(outcomes: Sequence[Outcome], figure: Any) -> None:
