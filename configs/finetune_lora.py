@@ -9,11 +9,10 @@ from transformer.config import Config, replace
 
 
 def get_config() -> Config:
-    base = "runs/stdlib"
     return replace(
         stdlib.get_config(),
-        data={"path": ("docs/*.md",), "tokenizer_path": f"{base}/tokenizer", "validation_documents": 0.2},
-        adapter={"kind": "lora", "base_run": base},
+        data={"path": ("docs/*.md",), "validation_documents": 0.2},
+        adapter={"kind": "lora", "base_run": "runs/stdlib"},
         optimizer={"learning_rate": 5e-3, "weight_decay": 0.0},
         train={"num_steps": 100},
         evaluation={"num_batches": 0, "sample_prompt": "The model "},

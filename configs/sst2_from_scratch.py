@@ -5,13 +5,13 @@ The sentences and labels come from TFDS (glue/sst2, Wang et al. 2018, arXiv:1804
 """
 
 from configs import sst2_pretrain
-from transformer.config import Config, ObjectiveConfig, replace
+from transformer.config import Config, replace
 
 
 def get_config() -> Config:
     return replace(
         sst2_pretrain.get_config(),
-        objective={"name": "sequence_classification", "mask_rate": ObjectiveConfig().mask_rate, "pooling": "mean"},
+        objective={"name": "sequence_classification", "pooling": "mean"},
         data={"label_field": "label"},
         optimizer={"learning_rate": 1e-3, "warmup_steps": 20, "final_ratio": 0.0},
         train={"num_steps": 400},

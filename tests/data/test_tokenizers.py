@@ -185,3 +185,15 @@ def test_given_files_and_directories_are_read(tmp_path: Path, random_text: Calla
         found = read_tokenizer("bpe", str(path))
         assert isinstance(found, SentencePieceTokenizer)
         assert found.fingerprint == trained.fingerprint
+
+
+def test_several_ends_of_a_published_model_are_kept(tmp_path: Path, random_text: Callable[[int, int], str]) -> None:
+    """The first ends documents; any ends what is written. What is no token of this tokenizer is none of them."""
+    folder, saved = tmp_path / "published", tmp_path / "saved"
+    folder.mkdir()
+    train_sentencepiece([random_text(1, 500)], "bpe", 330).save(folder)
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9, 330, "x", -1]}')
+    read_tokenizer("bpe", str(folder / "tokenizer.model")).save(saved)
+    for found in (read_tokenizer("bpe", str(folder / "tokenizer.model")), load_tokenizer(saved)):
+        assert (found.eos, found.more_ends) == (5, (5, 9))

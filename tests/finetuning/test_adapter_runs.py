@@ -11,7 +11,7 @@ import pytest
 from transformer.checkpointing.loading import load_adapter, load_merged, load_parameters
 from transformer.checkpointing.run import load_run
 from transformer.cli import run as command
-from transformer.config import Config, ConfigError, replace
+from transformer.config import Config, ConfigError, ModelConfig, replace
 from transformer.parallel.sharding import make_mesh
 from transformer.training.loop import run
 
@@ -61,17 +61,22 @@ def test_an_adapter_is_kept_apart_from_its_base(
     assert not (tmp_path / "wide").exists()
 
 
-def test_a_base_may_have_more_tokens_than_the_task(make_run: Callable[..., Config], tmp_path: Path) -> None:
-    """The model of a masked language model has a row for the token in the place of others, and a decoder's tokenizer none."""
+def test_a_base_decides_model_and_tokenizer(make_run: Callable[..., Config], tmp_path: Path) -> None:
+    """Where the configuration says nothing; and it may have a row more than the task needs, for what stands in the place of others."""
     rare = {"evaluation": {"every_steps": 0, "sample_tokens": 0}, "checkpoint": {"every_steps": 0}}
     config = make_run(train={"num_steps": 1}, model={"architecture": "encoder"}, **rare)
     base, workdir = tmp_path / "base", tmp_path / "adapter"
     masked = replace(config, objective={"name": "masked_lm", "mask_rate": 0.3})
     assert run(masked, base) == 0
     task = replace(config, objective={"name": "masked_lm", "mask_rate": 0.3, "mask_token": 0})
-    assert run(replace(task, adapter={"kind": "lora", "rank": 2, "base_run": str(base)}), workdir) == 0
-    sizes = [load_run(place).config.model.vocab_size for place in (base, workdir)]
-    assert sizes[0] == sizes[1] == load_run(base).tokenizer.vocab_size + 1
+    task = replace(task, model=vars(ModelConfig()) | {"architecture": "encoder"})
+    task = replace(task, adapter={"kind": "lora", "rank": 2, "base_run": str(base)})
+    for num_steps in (1, 2):
+        assert run(replace(task, train={"num_steps": num_steps}), workdir) == 0
+    ours, theirs = load_run(workdir), load_run(base)
+    assert ours.config.model == theirs.config.model and theirs.config.model.width == 16
+    assert ours.config.model.vocab_size == theirs.tokenizer.vocab_size + 1
+    assert ours.tokenizer.fingerprint == theirs.tokenizer.fingerprint
 
 
 @pytest.mark.parametrize(

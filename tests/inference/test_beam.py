@@ -19,7 +19,7 @@ TWO = CharacterTokenizer("ab")
 """Four tokens that can be drawn: the end, the unknown, and two characters."""
 TWO_ENDS = CharacterTokenizer("ab")
 """The same, but a text ends at a b too."""
-setattr(TWO_ENDS, "more_ends", tuple(TWO.encode("b").tolist()))  # noqa: B010
+TWO_ENDS.more_ends = tuple(TWO.encode("b").tolist())
 PROMPTS = ("ab", "", "bbba")
 
 

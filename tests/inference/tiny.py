@@ -27,7 +27,7 @@ ENDLESS.eos = 100
 
 SEVERAL = CharacterTokenizer(TOKENIZER.characters)
 """The same, but a text ends at an a too, as at one of the several ends of a published model."""
-setattr(SEVERAL, "more_ends", tuple(TOKENIZER.encode("a").tolist()))  # noqa: B010
+SEVERAL.more_ends = tuple(TOKENIZER.encode("a").tolist())
 
 
 @functools.cache

@@ -185,10 +185,14 @@ class Result:
     def write(self, path: str) -> None:
         """Writes it as JSON, whole or not at all."""
         values = {name: {"unit": m.unit, "values": m.values} for name, m in self.measurements.items()}
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        record = vars(self) | {"measurements": values, "date": date, "command": command}
+        record = vars(self) | {"measurements": values} | asked()
         write_atomically(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
+
+
+def asked() -> dict[str, Any]:
+    """Returns when a result was made, and by which command."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": date, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
 
 def read_result(path: str) -> Result:

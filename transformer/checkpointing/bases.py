@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt32
 from transformer.checkpointing.fixed import MAY_CHANGE
 from transformer.checkpointing.loading import load_parameters
 from transformer.checkpointing.run import Run, load_run
-from transformer.config import Config, ConfigError, get, keys, place, replace, write_atomically
+from transformer.config import Config, ConfigError, get, keys, place, write_atomically
 from transformer.data.tokenizers import Tokenizer
 from transformer.models import adapters
 from transformer.models.parameters import ParameterSpec, Tree, divide, is_spec, join, parameter_specs
@@ -72,14 +72,6 @@ class Base:
         if files is not None:
             write_atomically(files / BASE, json.dumps(known, indent=2) + "\n")
         return dataclasses.replace(state, frozen=held)
-
-
-def with_vocabulary(config: Config) -> Config:
-    """Returns the configuration of an adapter with its base's vocabulary, where it names none: that may have more tokens than the
-    tokenizer, such as the one that stands for what is masked."""
-    if config.model.vocab_size is not None:
-        return config
-    return replace(config, model={"vocab_size": load_run(place(config.adapter.base_run)).config.model.vocab_size})
 
 
 def begin(config: Config, tokenizer: Tokenizer, workdir: Any) -> Base:

@@ -54,8 +54,7 @@ class HuggingFaceTokenizer:
             problem = f"has no token for the end of a document, none of {', '.join(_ENDS['end'])}"
             raise ConfigError(f"data.tokenizer_path = {where!r} {problem}")
         self.bos, self.eos = (vocabulary[ends[what]] for what in ("begin", "end"))
-        self.more_ends = tuple(end for end in self._settings.get("eos_token_ids", ()) if end < self.vocab_size)
-        """What a published model ends its texts with besides `eos`."""
+        self.more_ends = tuple(end for end in self._settings.get("more_ends", ()) if end < self.vocab_size)
         # What its settings leave out has no name in a chat template either.
         says = any(key in self._settings for key in keys.values())
         self.special_names = {key: (given if says else ends)[what] for what, key in keys.items()}
@@ -79,7 +78,8 @@ class HuggingFaceTokenizer:
         if self.chat_template:
             write_atomically(directory / "chat_template.jinja", self.chat_template)
         says: dict[str, Any] = {key: name for key, name in self.special_names.items() if key in self._settings}
-        says |= {key: value for key, value in self._settings.items() if key.endswith(("_id", "_ids"))}
+        says |= {key: value for key, value in self._settings.items() if key.endswith("_id")}
+        says |= {"more_ends": list(self.more_ends)} if self.more_ends else {}
         save_config(directory, kind="huggingface", **says)
 
     @classmethod
@@ -99,17 +99,11 @@ def settings_in(folder: Path) -> dict[str, Any]:
     }
     for key, value in found.items():
         value = value.get("content") if isinstance(value, dict) else value
-        if not (
-            value is None
-            or isinstance(value, str)
-            or (key.endswith("_id") and type(value) is int and 0 <= value < 2**31)
-        ):
+        if not (value is None or isinstance(value, str) or (key.endswith("_id") and _is_token(value))):
             raise ConfigError(f"{folder}: {key} = {str(value)[:100]!r} is not a token")
     numbers = numbers_in(folder)
     found |= {f"{key}_id": numbers[key] for key in ("bos_token", "eos_token") if key in numbers and not found.get(key)}
-    listed = [_config_in(folder, name).get("eos_token_id") for name in ("config.json", "generation_config.json")]
-    ends = {end for one in listed if isinstance(one, list) for end in one if type(end) is int and 0 <= end < 2**31}
-    found |= {"eos_token_ids": sorted(ends)} if ends else {}
+    found |= {"more_ends": more} if (more := more_ends_in(folder)) else {}
     template = template_in(folder)
     return found | ({"chat_template": template} if template else {})
 
@@ -117,16 +111,30 @@ def settings_in(folder: Path) -> dict[str, Any]:
 def numbers_in(folder: Path) -> dict[str, int]:
     """Returns the tokens that begin and end a text by the model's own configuration: a decoder that reads an encoder begins
     with one of its own."""
-    found = _config_in(folder, "config.json") | _config_in(folder, "generation_config.json")
+    found = _model_in(folder)
     if found.get("is_encoder_decoder") and found.get("decoder_start_token_id") is not None:
         found["bos_token_id"] = found["decoder_start_token_id"]
     numbers = {}
     for key in ("bos_token", "eos_token"):
         number = found.get(f"{key}_id")
         number = number[0] if isinstance(number, list) and number else number
-        if type(number) is int and 0 <= number < 2**31:
+        if _is_token(number):
             numbers[key] = number
     return numbers
+
+
+def more_ends_in(folder: Path) -> list[int]:
+    """Returns the tokens that end a text by the model's own configuration, where it lists several."""
+    listed = _model_in(folder).get("eos_token_id")
+    return [number for number in listed if _is_token(number)] if isinstance(listed, list) else []
+
+
+def _is_token(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**31
+
+
+def _model_in(folder: Path) -> dict[str, Any]:
+    return _config_in(folder, "config.json") | _config_in(folder, "generation_config.json")
 
 
 def template_in(folder: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformer.config import ConfigError
-from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer, numbers_in, settings_in
+from transformer.data.huggingface_tokenizer import HuggingFaceTokenizer, more_ends_in, numbers_in, settings_in
 from transformer.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from transformer.data.tokenizers import BOS, EOS, PAD, UNK, Tokenizer, load_tokenizer
 
@@ -26,7 +26,7 @@ def read_tokenizer(kind: str, name: str) -> Tokenizer:
         return HuggingFaceTokenizer(path.read_bytes().decode(errors="replace"), name, settings_in(path.parent))
     if (path.parent / "config.json").is_file():  # of a published model, which may begin and end texts in its own way
         ends = {key.removesuffix("_token"): number for key, number in numbers_in(path.parent).items()}
-        return SentencePieceTokenizer(path.read_bytes(), name, ends)
+        return SentencePieceTokenizer(path.read_bytes(), name, ends, more_ends_in(path.parent))
     return SentencePieceTokenizer(path.read_bytes(), name)
 
 

@@ -12,6 +12,7 @@ class ByteTokenizer:
     """UTF-8 bytes: id = byte + 4."""
 
     vocab_size, bos, eos, fingerprint = BYTE_VOCAB_SIZE, BOS, EOS, "bytes"
+    more_ends: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + NUM_SPECIAL
@@ -32,6 +33,7 @@ class CharacterTokenizer:
     """One id for each character of an alphabet, in the order of code points, after the special tokens."""
 
     bos, eos = BOS, EOS
+    more_ends: tuple[int, ...] = ()
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))

@@ -1,5 +1,6 @@
 """Tokenizers of SentencePiece's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,17 @@ _ENCODE_CHARACTERS = 2**20  # SentencePiece's memory grows by about a hundred by
 class SentencePieceTokenizer:
     """A SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226): one that we trained, or any other.
 
-    What begins and ends a document is known to it, unless the model that it belongs to has other `ends`.
+    What begins and ends a document is known to it, unless the model that it belongs to has other `ends`, or `more_ends` of what
+    it writes.
     """
 
-    def __init__(self, model: bytes, where: str = "tokenizer.model", ends: dict[str, int] | None = None):
+    def __init__(
+        self,
+        model: bytes,
+        where: str = "tokenizer.model",
+        ends: dict[str, int] | None = None,
+        more_ends: Sequence[int] = (),
+    ):
         self._model, self.fingerprint = model, hash_of("sentencepiece", model)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -33,6 +41,7 @@ class SentencePieceTokenizer:
         if not found:
             raise ConfigError(f"data.tokenizer_path = {where!r} has neither a token for the begin nor for the end")
         self.bos, self.eos = found[0], found[-1]
+        self.more_ends = tuple(end for end in more_ends if end < self.vocab_size)
         if self._ends:
             self.fingerprint = hash_of("sentencepiece", model + str(sorted(self._ends.items())).encode())
         pieces = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
@@ -56,8 +65,9 @@ class SentencePieceTokenizer:
 
     def save(self, directory: Path) -> None:
         write_atomically(directory / "tokenizer.model", self._model)
-        save_config(directory, kind="sentencepiece", **self._ends)
+        more = {"more_ends": list(self.more_ends)} if self.more_ends else {}
+        save_config(directory, kind="sentencepiece", **self._ends, **more)
 
     @classmethod
-    def load(cls, directory: Path, **ends: int) -> "SentencePieceTokenizer":
-        return cls((directory / "tokenizer.model").read_bytes(), str(directory), ends)
+    def load(cls, directory: Path, more_ends: Sequence[int] = (), **ends: int) -> "SentencePieceTokenizer":
+        return cls((directory / "tokenizer.model").read_bytes(), str(directory), ends, more_ends)

@@ -30,6 +30,8 @@ class Tokenizer(Protocol):
     bos: int
     eos: int
     """Ids put before and after each document."""
+    more_ends: tuple[int, ...]
+    """Ids that end what a published model writes, besides `eos`."""
     fingerprint: str
     """Hash of all that decides the ids."""
 

@@ -9,8 +9,8 @@ from transformer.data.tokenizers import Tokenizer
 
 
 def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the tokens that end what a model writes: `eos`, and those that a published model has besides."""
-    return tuple(dict.fromkeys((tokenizer.eos, *getattr(tokenizer, "more_ends", ()))))
+    """Returns the tokens that end what a model writes."""
+    return tuple(dict.fromkeys((tokenizer.eos, *tokenizer.more_ends)))
 
 
 @dataclass(frozen=True)

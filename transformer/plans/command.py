@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer.arguments import Overrides, Recipe
-from transformer.benchmarks.measure import JsonFile, own_process
+from transformer.benchmarks.measure import JsonFile, asked, machine, own_process
 from transformer.config import (
     MESH_AXES,
     Config,
@@ -92,16 +92,21 @@ def run(options: PlanOptions) -> int:
 
         found = search(known_vocabulary(config), topology, options.candidates, options.axes, tell=tell)
         print(report.search_text(found, topology))
-        record: Any = [report.record_of(item.compiled) for item in found.ranked if item.compiled]
+        record = {"settings": [report.record_of(item.compiled) for item in found.ranked if item.compiled]}
         if not found.ranked:
             raise ConfigError(f"no setting of this configuration fits on {topology}")
     else:
         compiled = _compiled(config, topology, options.periods)
         print(report.text_of(compiled, options.tokens))
         record = report.record_of(compiled, options.tokens)
-    if options.json_file:
-        write_atomically(Path(options.json_file).expanduser(), json.dumps(record, indent=1) + "\n")
+    _write(options, record)
     return 0
+
+
+def _write(options: PlanOptions, record: dict[str, Any]) -> None:
+    if options.json_file:
+        record = asked() | {"machine": machine()} | record
+        write_atomically(Path(options.json_file).expanduser(), json.dumps(record, indent=1) + "\n")
 
 
 def _estimate(config: Config, topology: Topology, tokens: float) -> int:
@@ -170,6 +175,5 @@ def _compare(options: PlanOptions, config: Config) -> int:
                 raise ConfigError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
             records.append(json.loads(result.read_text()))
     print(compared(records))
-    if options.json_file:
-        write_atomically(Path(options.json_file).expanduser(), json.dumps(records, indent=1) + "\n")
+    _write(options, {"plans": records})
     return 0

@@ -1,12 +1,9 @@
 """A plan as lines to read, and as a record for JSON."""
 
 import dataclasses
-import datetime
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from transformer.benchmarks.measure import machine
 from transformer.benchmarks.report import table
 from transformer.config import Config, mesh_axes
 from transformer.plans.arithmetic import HIDDEN, Estimate, changes_that_help
@@ -153,9 +150,6 @@ def record_of(compiled: Compiled, tokens: float = 0.0) -> dict[str, Any]:
     """Returns the plan for JSON."""
     topology, memory = compiled.topology, compiled.memory
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": ["transformer", *sys.argv[1:]],
-        "machine": machine(),
         "topology": {"name": topology.name, "slices": topology.num_slices, "chips": topology.num_chips},
         "axes": compiled.axes,
         "flags": flags_of(compiled.config, topology),

@@ -115,7 +115,7 @@ def _train(trial: Trial, seed: int, directory: Path) -> None:
     status = train_run(f"{trial.name}, seed {seed}", config, workdir)
     records = read_metrics(workdir / "metrics.jsonl")
     validations = [record for record in records if record["split"] == "validation"]
-    trained, total = _num_parameters(from_json((workdir / "config.json").read_text()))
+    trained, total = _counts(from_json((workdir / "config.json").read_text()))
     outcome = {
         "seed": seed,
         "parameters": total,
@@ -165,7 +165,7 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _num_parameters(config: Config) -> tuple[int, int]:
+def _counts(config: Config) -> tuple[int, int]:
     """Returns how many parameters a run has trained, and how many its model has."""
     import jax
 

@@ -167,11 +167,11 @@ def trials(base: Config) -> list[Trial]:
     path = base.data.path[0] if base.data.path else "train-{count}-{seed}.jsonl"
     for count, steps in STEPS.items():
         name = str(count or "all")
-        changes = {"evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}
-        own = {"path": (path.replace("{count}", name),)}
+        rare, own = {"every_steps": 0}, {"path": (path.replace("{count}", name),)}
         for arm, change in ARMS.items():
-            changes |= {"train": {"num_steps": steps * LONGER.get(arm, 1)}}
-            config = replace(replace(base, data=own, **changes), **change(base))
+            train = {"num_steps": steps * LONGER.get(arm, 1)}
+            config = replace(base, data=own, train=train, evaluation=rare, checkpoint=rare)
+            config = replace(config, **change(base))
             made.append(Trial(f"{arm}_{name}", config, {"beginning": arm, "labels": count}))
     return made
 

@@ -47,11 +47,11 @@ def run(config: Config, workdir: PurePath) -> int:
         if config.init_from.run or config.init_from.huggingface:
             # Loaded by name: most runs begin with nothing.
             config, start = importlib.import_module("transformer.training.start_from").opened(config, workdir)
+        if config.adapter.kind != "none":
+            config = importlib.import_module("transformer.training.start_from").on_base(config, workdir)
         mesh = make_mesh(config)
         is_writer = jax.process_index() == 0
         prepared = prepare_apart(with_window(config), show_progress=is_writer)
-        if config.adapter.kind != "none":
-            config = importlib.import_module("transformer.checkpointing.bases").with_vocabulary(config)
         config = resolve(config, prepared.tokenizer.vocab_size, prepared.num_labels)
         prepared = with_examples(prepared, objective_of(config), config)
 

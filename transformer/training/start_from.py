@@ -77,6 +77,14 @@ def opened(config: Config, workdir: Any) -> tuple[Config, "Start | None"]:
     return validate(config), Start(source, workdir)
 
 
+def on_base(config: Config, workdir: Any) -> Config:
+    """Returns the configuration of an adapter with what its base decides: model and tokenizer, where the user has not."""
+    base = load_run(place(config.adapter.base_run))
+    # The head is the task's.
+    model = dataclasses.replace(base.config.model, num_labels=config.model.num_labels)
+    return validate(_completed(config, model, base.tokenizer, base, workdir))
+
+
 def _other_start(old: Config, new: Config) -> Iterator[str]:
     wanted = absolute_start(new.init_from)
     for name, value in vars(old.init_from).items():
