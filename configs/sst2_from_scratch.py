@@ -14,7 +14,7 @@ def get_config() -> Config:
         objective={"name": "sequence_classification", "pooling": "mean"},
         data={"label_field": "label"},
         optimizer={"learning_rate": 1e-3, "warmup_steps": 20, "final_ratio": 0.0},
-        train={"num_steps": 400},
+        train={"num_steps": 600},
         evaluation={"every_steps": 100},
         checkpoint={"every_steps": 100},
     )

@@ -105,6 +105,8 @@ class StudyOptions:
     """Names of the runs to make; none: all."""
     text: tuple[str, ...] = ()
     """Files or globs of other text to pretrain on (transfer)."""
+    pretrained: str = ""
+    """A run, such as `transformer import` makes, to begin with in place of a language model of the study's own (transfer)."""
     config: Overrides = field(default_factory=Config)
 
 
@@ -246,15 +248,15 @@ def predict(options: PredictOptions) -> int:
 
 
 def study(options: StudyOptions) -> int:
-    from transformer.studies.study import run_study
+    from transformer.studies.study import Shared, run_study
 
     if not options.seeds:
         raise ConfigError("--seeds has no value: give at least one")
     if "://" in options.workdir:
         raise ConfigError(f"--workdir = {options.workdir!r}: the directory of a study is local")
-    run_study(
-        options.study, options.config, options.seeds, options.only, Path(options.workdir).expanduser(), options.text
-    )
+    directory = Path(options.workdir).expanduser()
+    shared = Shared(options.seeds, directory, options.text, options.pretrained)
+    run_study(options.study, options.config, options.only, shared)
     return 0
 
 

@@ -1,8 +1,9 @@
 """Texts split over devices: attention by ring and all-to-all, mixers that pass their state, whole models."""
 
 import functools
+import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.config import MESH_AXES, Config, ConfigError, replace
@@ -27,9 +29,9 @@ from transformer.training.step import make_gradient
 SLOW = pytest.mark.slow
 
 
-def mesh_of(**sizes: int) -> Mesh:
+def mesh_of(of: Sequence[Any] = (), **sizes: int) -> Mesh:
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-    devices = np.asarray(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    devices = np.asarray((of or jax.devices())[: int(np.prod(shape))]).reshape(shape)
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -213,9 +215,11 @@ def test_every_visible_pair_is_met_once(causal: bool, sparsity: Any, steps: int,
     assert np.all(met[np.asarray(mask.visible()[0])] == 1)
 
 
-def temporary_bytes(num_devices: int, num_heads: int = 8, num_kv_heads: int = 2, dtype: Any = jnp.float32) -> int:
+def temporary_bytes(
+    num_devices: int, num_heads: int = 8, num_kv_heads: int = 2, dtype: Any = jnp.float32, of: Sequence[Any] = ()
+) -> int:
     """Returns the temporaries of causal attention and its gradient over 32,768 tokens, on each device, not run."""
-    mesh = mesh_of(context=num_devices)
+    mesh = mesh_of(of, context=num_devices)
     layout = NamedSharding(mesh, PartitionSpec(None, "context"))
 
     def loss(query: Any, key: Any, value: Any, positions: Any, segments: Any) -> Any:
@@ -249,6 +253,20 @@ def test_the_memory_of_a_ring_is_that_of_a_devices_part(
     one, eight = (temporary_bytes(count, *heads) for count in (1, 8))
     print(f"{one / 2**20:.1f} MiB on one device, {eight / 2**20:.1f} on each of 8: {8 * eight / one:.2f}")
     assert eight <= most / 8 * one
+
+
+@SLOW
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "dtype"),
+    [(8, 2, jnp.float32), (8, 2, jnp.bfloat16), (8, 8, jnp.bfloat16), (4, 4, jnp.float32)],
+)
+def test_the_memory_of_a_ring_of_tpus(num_heads: int, num_kv_heads: int, dtype: Any) -> None:
+    chips = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    held = {n: temporary_bytes(n, num_heads, num_kv_heads, dtype, chips) for n in (1, 2, 4, 8)}
+    print(", ".join(f"{size / 2**20:.1f} MiB on each of {n}" for n, size in held.items()))
+    assert 8 * held[8] <= 1.5 * held[1]
+    assert all(n * held[n] <= 1.1 * 2 * held[2] for n in (4, 8)), "it falls as fast as the number of chips grows"
 
 
 @SLOW

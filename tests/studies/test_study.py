@@ -17,8 +17,9 @@ from transformer.arguments import load_config
 from transformer.benchmarks.report import table
 from transformer.config import ConfigError, problems_of, replace, to_json
 from transformer.studies import STUDIES, ablation, mup, precision, recall, transfer
-from transformer.studies.study import Outcome, Study, Trial, _run, run_study, spread
-from transformer.training import DIVERGED
+from transformer.studies.study import Outcome, Shared, Study, Trial, _run, run_study, spread
+from transformer.training import DIVERGED, loop
+from transformer.training.start_from import on_base, opened
 
 
 def outcome(name: str, loss: float, seed: int = 0, diverged: bool = False, **facts: object) -> Outcome:
@@ -141,11 +142,11 @@ def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, cap
     )
     monkeypatch.setattr(ablation, "STUDY", study)
     directory = tmp_path / "study"
-    run_study("ablation", base, (0,), ("width_8",), directory)
+    run_study("ablation", base, ("width_8",), Shared((0,), directory))
     assert (directory / "report.md").read_text().startswith("width_8 0 ")
     [path] = (directory / "runs").iterdir()
     first = path.read_bytes()
-    run_study("ablation", base, (0,), (), directory)
+    run_study("ablation", base, (), Shared((0,), directory))
     results = json.loads((directory / "results.json").read_text())
     assert [one["name"] for one in results["outcomes"]] == ["width_8", "width_16"]
     assert results["outcomes"][0]["parameters"] < results["outcomes"][1]["parameters"]
@@ -156,10 +157,14 @@ def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, cap
     report = (directory / "report.md").read_text()
     assert report.endswith(f"\nTrained on: {where['device_kind']} (JAX {where['versions']['jax']}).\n")
     with pytest.raises(ConfigError, match="'width_9' is not a trial of ablation, which are width_8, width_16"):
-        run_study("ablation", base, (0,), ("width_9",), directory)
+        run_study("ablation", base, ("width_9",), Shared((0,), directory))
+    with pytest.raises(ConfigError, match="--text = 'a.md': the study ablation reads no other text"):
+        run_study("ablation", base, (), Shared((0,), directory, text=("a.md",)))
+    with pytest.raises(ConfigError, match="--pretrained = 'run': the runs of ablation begin with random values"):
+        run_study("ablation", base, (), Shared((0,), directory, pretrained="run"))
     trials[0] = Trial("width_8", replace(base, model={"width": 12}), {})
     with pytest.raises(ConfigError, match="is of another configuration"):
-        run_study("ablation", base, (0,), ("width_8",), directory)
+        run_study("ablation", base, ("width_8",), Shared((0,), directory))
 
 
 @pytest.mark.parametrize(
@@ -184,12 +189,12 @@ def test_a_run_that_did_not_end_is_no_result(status, expected, make_run, tmp_pat
     (workdir / "config.json").write_text(to_json(replace(base, model={"vocab_size": 260})))
     monkeypatch.setattr("transformer.studies.study._run", lambda command, environment: status)
     with pytest.raises(type(expected)) as error:
-        run_study("ablation", base, (0,), ("width_8",), tmp_path)
+        run_study("ablation", base, ("width_8",), Shared((0,), tmp_path))
     assert str(error.value).startswith(str(expected)) and workdir.exists()
-    run_study("ablation", base, (), (), tmp_path)
+    run_study("ablation", base, (), Shared((), tmp_path))
     assert (tmp_path / "report.md").read_text() == "0 runs"
     monkeypatch.setattr("transformer.studies.study._run", lambda command, environment: DIVERGED)
-    run_study("ablation", base, (0,), ("width_8",), tmp_path)
+    run_study("ablation", base, ("width_8",), Shared((0,), tmp_path))
     [outcome] = json.loads((tmp_path / "results.json").read_text())["outcomes"]
     assert outcome["diverged"] and not workdir.exists()
 
@@ -243,7 +248,7 @@ def test_transfer_gives_both_beginnings_the_same_sentences(tmp_path, monkeypatch
     paths = {"path": (str(tmp_path / "train.txt"),), "validation_path": (str(tmp_path / "dev.txt"),)}
     base = replace(base, data=paths | {"cache_dir": str(tmp_path / "cache"), "num_workers": 1})
     for _ in range(2):  # the second time, the language model is there
-        found = transfer.prepare(base, (0, 1), (str(tmp_path / "more.md"),), tmp_path / "study")
+        found = transfer.prepare(base, Shared((0, 1), tmp_path / "study", (str(tmp_path / "more.md"),)))
     [language_model] = trained
     assert not problems_of(language_model) and language_model.objective.name == "masked_lm"
     texts = [Path(source.removeprefix("local_text:")) for source in language_model.data.source]
@@ -267,6 +272,35 @@ def test_transfer_gives_both_beginnings_the_same_sentences(tmp_path, monkeypatch
     assert lora.adapter.base_run == pretrained.init_from.run and not lora.init_from.run
     assert replace(scratch, init_from=vars(pretrained.init_from)) == pretrained and not scratch.init_from.run
     assert scratch.data.path[0].endswith("train-100-1.jsonl")
+
+
+def test_transfer_begins_with_a_run_of_the_users(make_run, tmp_path, monkeypatch):
+    """As large as it is, with its tokenizer; no language model is trained."""
+    workdir = tmp_path / "published"
+    changes = {"objective": {"name": "masked_lm"}, "model": {"architecture": "encoder", "width": 24}}
+    assert loop.run(make_run(train={"num_steps": 1}, **changes), workdir) == 0
+    (tmp_path / "train.txt").write_text("1 good\n0 bad\n")
+    monkeypatch.setattr(transfer, "train_run", lambda *arguments: pytest.fail("a language model was trained"))
+    base, _, _ = load_config("sst2_from_pretrained")
+    paths = (str(tmp_path / "train.txt"),)
+    base = replace(base, data={"path": paths, "validation_path": paths}, train={"num_steps": 30})
+    shared = Shared((0,), tmp_path / "study", pretrained=str(workdir))
+    by_name = {trial.name: trial for trial in transfer.trials(transfer.prepare(base, shared))}
+    assert {name: trial.config.train.num_steps for name, trial in by_name.items() if "scratch" in name} == {
+        "scratch_100": 2,
+        "scratch_1000": 6,
+        "scratch_all": 30,
+    }
+    for trial in by_name.values():
+        assert trial.config.model.width == 24 and trial.config.model.num_labels == base.model.num_labels
+        assert trial.config.data.tokenizer_path == str(workdir / "tokenizer")
+        starts = {trial.config.init_from.run, trial.config.adapter.base_run} - {""}
+        assert starts == (set() if trial.name.startswith("scratch") else {str(workdir)})
+    pretrained, adapter = (by_name[f"{arm}_all"].seeded(0) for arm in ("pretrained", "lora"))
+    begun, start = opened(pretrained, tmp_path / "new")
+    assert start is not None and begun.model == on_base(adapter, tmp_path / "new").model
+    with pytest.raises(ConfigError, match="--text = 'more.md': the model of --pretrained has read what it has read"):
+        transfer.prepare(base, dataclasses.replace(shared, text=("more.md",)))
 
 
 def test_transfer_tells_what_pretraining_adds():

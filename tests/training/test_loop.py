@@ -88,7 +88,7 @@ def test_a_run_leaves_everything_that_the_other_verbs_need(
 
     # Latest two, and the best.
     assert steps_of(workdir) == [8, 12]
-    assert "traced 1 time" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"finished: {workdir} holds the run\n")
 
 
 def test_a_finished_run_started_again_does_nothing(

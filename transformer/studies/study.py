@@ -55,6 +55,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What all runs of a study share."""
+
+    seeds: Sequence[int]
+    directory: Path
+    text: Sequence[str] = ()
+    """Files or globs of other text to pretrain on."""
+    pretrained: str = ""
+    """Directory of a run to begin with."""
+
+
+@dataclass(frozen=True)
 class Study:
     """A module of this package has one, named STUDY."""
 
@@ -63,27 +75,28 @@ class Study:
     """Returns the result in Markdown."""
     draw: Callable[[Sequence[Outcome], Any], None]
     """Draws it into a figure of matplotlib's."""
-    prepare: Callable[[Config, Sequence[int], Sequence[str], Path], Config] | None = None
-    """Makes what all runs share, for these seeds and with this other text, and returns the recipe with it."""
+    prepare: Callable[[Config, Shared], Config] | None = None
+    """Makes what all runs begin with, and returns the recipe with it."""
 
 
-def run_study(
-    name: str, base: Config, seeds: Sequence[int], only: Sequence[str], directory: Path, text: Sequence[str] = ()
-) -> None:
-    """Trains what is not trained yet, and writes results.json, report.md and plot.png into `directory`.
+def run_study(name: str, base: Config, only: Sequence[str], shared: Shared) -> None:
+    """Trains what is not trained yet, and writes results.json, report.md and plot.png into the study's directory.
 
     What is finished is kept, and a run that was interrupted goes on, so that a study may be stopped at any time.
-    Raises ConfigError for a trial that does not exist, and for `text` to a study that reads none.
+    Raises ConfigError for a trial that does not exist, and for text or a run to a study that begins with none.
     """
     study: Study = importlib.import_module(STUDIES[name][0]).STUDY
-    if text and study.prepare is None:
-        raise ConfigError(f"--text = {text[0]!r}: the study {name} reads no other text than its recipe's")
+    directory, seeds = shared.directory, shared.seeds
+    if shared.text and study.prepare is None:
+        raise ConfigError(f"--text = {shared.text[0]!r}: the study {name} reads no other text than its recipe's")
+    if shared.pretrained and study.prepare is None:
+        raise ConfigError(f"--pretrained = {shared.pretrained!r}: the runs of {name} begin with random values")
     trials = study.trials(base)
     known = [trial.name for trial in trials]
     if unknown := [trial for trial in only if trial not in known]:
         raise ConfigError(f"--only = {unknown[0]!r} is not a trial of {name}, which are {', '.join(known)}")
     if study.prepare is not None:
-        trials = study.trials(study.prepare(base, seeds, text, directory))
+        trials = study.trials(study.prepare(base, shared))
     chosen = [trial for trial in trials if not only or trial.name in only]
     runs = [(trial, seed) for seed in seeds for trial in chosen]
     for number, (trial, seed) in enumerate(runs, start=1):

@@ -2,7 +2,7 @@
 
 Both have the same size, tokenizer, steps and rates, and are trained on the same sentences: the first so many of an order that
 the seed gives. The language model has read the sentences of all, without their labels, and what other text is given. A third
-begins with it too, and trains a LoRA adapter and the head alone, for three times as many steps.
+begins with it too, and trains a LoRA adapter and the head alone.
 """
 
 import json
@@ -14,14 +14,15 @@ from typing import Any
 
 from transformer.arguments import load_config
 from transformer.benchmarks.report import table
+from transformer.checkpointing.run import load_run
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.data import files
 from transformer.data.forms import form_of
 from transformer.data.sources import open_sources
-from transformer.studies.study import Outcome, Study, Trial, last, spread, train_run
+from transformer.studies.study import Outcome, Shared, Study, Trial, last, spread, train_run
 
-STEPS: dict[int | None, int] = {100: 40, 1000: 120, None: 600}
-"""Steps by number of labels, None being all. A step of the recipe reads about forty sentences."""
+SHARES: dict[int | None, float] = {100: 1 / 15, 1000: 1 / 5, None: 1.0}
+"""Share of train.num_steps by number of labels, None being all. A step of the recipe reads about forty sentences."""
 
 ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "scratch": lambda base: {"init_from": {"run": "", "allow_missing": ()}},
@@ -34,47 +35,61 @@ ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
 }
 """What is changed of a run that begins with the language model, by name."""
 
-LONGER = {"lora": 3}
-"""Times as many steps as others have: an adapter learns more slowly."""
-
 PIECE = 2000
 """Characters from which on other text is cut, at the end of a paragraph, into documents."""
 
 
-def prepare(base: Config, seeds: Sequence[int], text: Sequence[str], directory: Path) -> Config:
-    """Writes the sentences by seed and number of labels, trains the language model, and returns the recipe with both."""
-    data = directory / "data"
+def prepare(base: Config, shared: Shared) -> Config:
+    """Writes the sentences by seed and number of labels, trains the language model if none is given, and returns the recipe
+    with both."""
+    if shared.pretrained and shared.text:
+        raise ConfigError(
+            f"--text = {shared.text[0]!r}: the model of --pretrained has read what it has read; leave one out"
+        )
+    run = Path(shared.pretrained).expanduser().absolute() if shared.pretrained else shared.directory / "pretrained"
+    if shared.pretrained:
+        model = load_run(run).config.model
+        base = replace(base, model=vars(model) | {"num_labels": base.model.num_labels})
+    data = shared.directory / "data"
     train, validation = _labelled(base, data)
-    for seed in seeds:
+    for seed in shared.seeds:
         order = random.Random(seed).sample(train, len(train))
-        for count in STEPS:
+        for count in SHARES:
             _write(data / f"train-{count or 'all'}-{seed}.jsonl", order[:count])
     _write(data / "validation.jsonl", validation)
-    _write(data / "sentences.jsonl", [{"text": record["text"]} for record in train])
-    sources = [f"local_text:{data / 'sentences.jsonl'}"]
-    if text:
-        _write(data / "text.jsonl", [{"text": piece} for piece in _pieces(text)])
-        sources.append(f"local_text:{data / 'text.jsonl'}")
-    run = directory / "pretrained"
-    config = to_json(language_model(base, tuple(sources)))
-    finished = directory / "pretrained.json"
-    if not finished.exists():
-        if train_run("the language model", from_json(config), run):
-            raise ConfigError(f"the language model in {run} has diverged: give it another optimizer.learning_rate")
-        write_atomically(finished, config)
-    elif finished.read_text() != config:
-        raise ConfigError(f"{finished} is of another language model: choose another --workdir, or delete {directory}")
+    if not shared.pretrained:
+        _pretrain(base, [record["text"] for record in train], shared, run)
     fields = {"text_field": "text", "second_text_field": "", "label_field": "label"}
     files_of = {
         "path": (str(data / "train-{count}-{seed}.jsonl"),),
         "validation_path": (str(data / "validation.jsonl"),),
     }
-    tokenizer = {"tokenizer_path": str(run / "tokenizer" / "tokenizer.model")}
+    tokenizer = {"tokenizer_path": str(run / "tokenizer")}
     return replace(
         base,
         data={"source": ("python_stdlib",), "validation_split": "", **fields, **files_of, **tokenizer},
         init_from={"run": str(run), "allow_missing": ("classifier/*",)},
     )
+
+
+def _pretrain(base: Config, sentences: Sequence[str], shared: Shared, run: Path) -> None:
+    """Trains the language model on the sentences and other text, if it is not trained yet."""
+    data = shared.directory / "data"
+    _write(data / "sentences.jsonl", [{"text": sentence} for sentence in sentences])
+    sources = [f"local_text:{data / 'sentences.jsonl'}"]
+    if shared.text:
+        _write(data / "text.jsonl", [{"text": piece} for piece in _pieces(shared.text)])
+        sources.append(f"local_text:{data / 'text.jsonl'}")
+    config = to_json(language_model(base, tuple(sources)))
+    finished = run.with_suffix(".json")
+    if not finished.exists():
+        if train_run("the language model", from_json(config), run):
+            raise ConfigError(f"the language model in {run} has diverged: give it another optimizer.learning_rate")
+        write_atomically(finished, config)
+    elif finished.read_text() != config:
+        raise ConfigError(
+            f"{finished} is of another language model: choose another --workdir, or delete {shared.directory}"
+        )
 
 
 def language_model(base: Config, sources: tuple[str, ...]) -> Config:
@@ -165,11 +180,11 @@ def trials(base: Config) -> list[Trial]:
     """Returns every beginning with every number of labels."""
     made = []
     path = base.data.path[0] if base.data.path else "train-{count}-{seed}.jsonl"
-    for count, steps in STEPS.items():
+    for count, share in SHARES.items():
         name = str(count or "all")
         rare, own = {"every_steps": 0}, {"path": (path.replace("{count}", name),)}
+        train = {"num_steps": max(1, round(share * base.train.num_steps))}
         for arm, change in ARMS.items():
-            train = {"num_steps": steps * LONGER.get(arm, 1)}
             config = replace(base, data=own, train=train, evaluation=rare, checkpoint=rare)
             config = replace(config, **change(base))
             made.append(Trial(f"{arm}_{name}", config, {"beginning": arm, "labels": count}))

@@ -1,7 +1,6 @@
 """The training loop, from a configuration to a finished run; read `run`, then `Loop.train`."""
 
 import contextlib
-import functools
 import importlib
 import itertools
 import time
@@ -139,7 +138,6 @@ class Loop:
         self.evaluator = Evaluator(config, prepared, model, mesh)
         alone = jax.process_count() == 1
         self.vote = signals if alone else importlib.import_module("transformer.training.voting").Vote(mesh, signals)
-        self.num_traces = 0
         # Model FLOPs, all pairs of tokens counted as is usual in published MFU, over the peak of the devices where it is known.
         # Loaded by name: the costs of all kinds of layers are more than a reader of one run needs.
         flops = importlib.import_module("transformer.models.flops")
@@ -194,23 +192,20 @@ class Loop:
 
         self.checkpoints.wait()
         if not status:
-            self.report.message(
-                f"finished: {self.place.workdir} holds the run; the step was traced {self.num_traces} time(s)"
-            )
+            self.report.message(f"finished: {self.place.workdir} holds the run")
         return status
 
     def _compile(self, train_step: Any, state: TrainState, batch: dict[str, Any], shardings: TrainState) -> Any:
-        """Compiles the step ahead of time, once, and reports what it costs."""
+        """Compiles the step ahead of time, once, or loads it, and reports what it costs."""
+        how, start = "loaded", time.perf_counter()
 
-        @functools.wraps(train_step)
-        def counted(state: TrainState, batch: Any) -> Any:
-            self.num_traces += 1
-            return train_step(state, batch)
+        def compile_it() -> Any:
+            nonlocal how
+            how = "compiled"
+            return compile_step(train_step, state, batch, shardings, self.mesh)
 
-        start = time.perf_counter()
         # Loaded by name: where programs are kept is no part of how a run goes.
         stored = importlib.import_module("transformer.checkpointing.programs").stored_program
-        compile_it = functools.partial(compile_step, counted, state, batch, shardings, self.mesh)
         compiled = stored(self.config, self.mesh, (state, batch), compile_it)
         seconds = time.perf_counter() - start
         memory: Any = compiled.memory_analysis()
@@ -222,7 +217,7 @@ class Loop:
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         self.report.message(
             f"{told}; mesh {shape or 'of one device'}; "
-            f"{'compiled' if self.num_traces else 'loaded'} in {seconds:.1f} s; per device {arguments / 2**20:,.0f} MiB of "
+            f"{how} in {seconds:.1f} s; per device {arguments / 2**20:,.0f} MiB of "
             f"arguments, {temporary / 2**20:,.0f} MiB of temporaries; {self.flops_per_token * tokens:.3g} FLOPs a step"
         )
         return compiled
