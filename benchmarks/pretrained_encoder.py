@@ -115,9 +115,10 @@ def main() -> None:
             where += ["--data.validation-source-path", str(data / "val.en")]
             where += ["--data.validation-target-path", str(data / "val.de"), "--seed", str(seed)]
             begins = ["--init-from.run", str(pretrained), *ARMS[arm]]
-            begins = begins if ARMS[arm] else ["--data.tokenizer-path", str(pretrained / "tokenizer")]
-            recipe = "seq2seq_from_pretrained" if ARMS[arm] else "multi30k_transformer"
-            train(recipe, directory, [*where, *begins, *paced(steps), *options])
+            if not ARMS[arm]:
+                begins = ["--init-from.run", "", "--init-from.allow-missing"]
+                begins += ["--data.tokenizer-path", str(pretrained / "tokenizer")]
+            train("seq2seq_from_pretrained", directory, [*where, *begins, *paced(steps), *options])
             run = {"arm": arm, "pairs": pairs, "seed": seed, **measured(directory)}
             found.append(run | ({"bleu": translate(directory, data)} if given.bleu else {}))
         runs += found

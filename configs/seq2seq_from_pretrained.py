@@ -1,6 +1,6 @@
 """English to German on Multi30k, with the encoder and the embeddings of `multi30k_masked_lm`; the decoder is new.
 
-Else it is `multi30k_transformer` the other way round. With `--init-from.rename decoder=encoder` and
+Else it is `multi30k_transformer` the other way round, with that encoder's rotary positions. With `--init-from.rename decoder=encoder` and
 `--init-from.allow-missing "decoder/layers/cross*"` the decoder begins as the encoder too, but for what reads it (Rothe et al.
 2020, arXiv:1907.12461).
 """
@@ -15,6 +15,7 @@ def get_config() -> Config:
     return replace(
         base,
         init_from={"run": "runs/multi30k_masked_lm", "allow_missing": ("decoder/*",)},
+        model={"positions": "rotary"},
         data={
             "source_path": data.target_path,
             "target_path": data.source_path,
