@@ -344,7 +344,7 @@ def test_heads_for_further_tokens_drop_activations_too():
     assert not any(np.allclose(*pair) for pair in zip(heads(0), heads(1), strict=True))
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("placement", [pytest.param("pre", marks=pytest.mark.slow), "post"])
 def test_heads_for_further_tokens_are_computed_again_for_their_gradient(placement):
     """And are as without; where norms come last, a block has one already."""
 

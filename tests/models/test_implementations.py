@@ -234,7 +234,10 @@ def test_each_implementation_is_the_definition(name: str, label: str) -> None:
     check(name, label, results(name, "float32", chosen)[label], "float32", 1e-5)
 
 
-@pytest.mark.parametrize(("name", "label"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [pytest.param(*pair, marks=pytest.mark.slow if pair[0] in ("blockwise", "splash") else ()) for pair in PAIRS],
+)
 def test_each_implementation_in_bfloat16(name: str, label: str) -> None:
     found = results(name, "bfloat16", tuple(label for other, label in PAIRS if other == name))[label]
     assert all(x.dtype == jnp.bfloat16 for x in found[:4])

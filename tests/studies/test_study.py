@@ -158,7 +158,7 @@ def test_a_study_trains_reports_and_goes_on(make_run, tmp_path, monkeypatch, cap
     assert report.endswith(f"\nTrained on: {where['device_kind']} (JAX {where['versions']['jax']}).\n")
     with pytest.raises(ConfigError, match="'width_9' is not a trial of ablation, which are width_8, width_16"):
         run_study("ablation", base, ("width_9",), Shared((0,), directory))
-    with pytest.raises(ConfigError, match="--text = 'a.md': the study ablation reads no other text"):
+    with pytest.raises(ConfigError, match=r"--text = 'a\.md': the study ablation reads no other text"):
         run_study("ablation", base, (), Shared((0,), directory, text=("a.md",)))
     with pytest.raises(ConfigError, match="--pretrained = 'run': the runs of ablation begin with random values"):
         run_study("ablation", base, (), Shared((0,), directory, pretrained="run"))
@@ -299,7 +299,7 @@ def test_transfer_begins_with_a_run_of_the_users(make_run, tmp_path, monkeypatch
     pretrained, adapter = (by_name[f"{arm}_all"].seeded(0) for arm in ("pretrained", "lora"))
     begun, start = opened(pretrained, tmp_path / "new")
     assert start is not None and begun.model == on_base(adapter, tmp_path / "new").model
-    with pytest.raises(ConfigError, match="--text = 'more.md': the model of --pretrained has read what it has read"):
+    with pytest.raises(ConfigError, match=r"--text = 'more\.md': the model of --pretrained has read what it has read"):
         transfer.prepare(base, dataclasses.replace(shared, text=("more.md",)))
 
 

@@ -317,7 +317,9 @@ def test_the_step_is_traced_once_and_nothing_compiles_after_the_first_validation
     assert (len(traces), compiled) == (2, [])
 
 
-@pytest.mark.parametrize("where", ["between steps", "in the batch", "in validation"])
+@pytest.mark.parametrize(
+    "where", ["between steps", "in the batch", pytest.param("in validation", marks=pytest.mark.slow)]
+)
 def test_an_implicit_transfer_in_the_loop_is_an_error(
     where: str, make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_a_signal_while_data_is_prepared(
 @pytest.mark.parametrize(
     ("moment", "number", "status"),
     [
-        ("prepare_apart", signal.SIGTERM, 143),
+        pytest.param("prepare_apart", signal.SIGTERM, 143, marks=pytest.mark.slow),
         ("make_optimizer", signal.SIGINT, 130),
         ("create_state", signal.SIGTERM, 143),
     ],

@@ -76,7 +76,7 @@ def two_steps(mesh: Any, module: Any, optimizer: Any, shardings: Any) -> TrainSt
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[] if case in ("adamw", "adafactor", "muon", "schedule_free") else pytest.mark.slow)
+        pytest.param(case, marks=[] if case in ("adamw", "muon", "schedule_free") else pytest.mark.slow)
         for case in CASES
     ],
 )

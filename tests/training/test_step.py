@@ -49,7 +49,9 @@ def assert_same_bits(one: Any, other: Any) -> None:
 # Microbatches.
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    "scan_layers", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scanned"]
+)
 def test_microbatches_give_the_gradient_of_the_whole(scan_layers, tiny_config, tiny_batch):
     changes = {"model": {"scan_layers": scan_layers}, "objective": {"z_loss": 1e-2}}
     batch = tiny_batch(tiny_config())

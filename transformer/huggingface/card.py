@@ -1,19 +1,20 @@
 """The model card of an exported run: what was trained, for how long, and how well it did."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformer.checkpointing.run import Run
 from transformer.config import ModelConfig, to_json
-from transformer.huggingface.table import Family
 
 
-def model_card(run: Run, model: ModelConfig, step: int, family: Family, dtype: str, notes: list[str]) -> str:
-    """Returns README.md, with the metadata that the hub reads at its head."""
+def model_card(run: Run, model: ModelConfig, step: int, theirs: Mapping[str, Any], dtype: str, notes: list[str]) -> str:
+    """Returns README.md, with the metadata that the hub reads at its head; `theirs` is the folder's config.json."""
     last = last_metrics(run, step)
+    [architecture], kind = theirs["architectures"], theirs["model_type"]
     rows = {
         "steps": f"{step:,}",
-        "architecture": f"{family.architecture} ({family.model_type}), {model.num_layers} layers of width {model.width}",
+        "architecture": f"{architecture} ({kind}), {model.num_layers} layers of width {model.width}",
         "parameters' type": dtype,
         "vocabulary": f"{model.vocab_size:,}",
         "objective": run.config.objective.name,
@@ -26,7 +27,7 @@ def model_card(run: Run, model: ModelConfig, step: int, family: Family, dtype: s
     return f"""---
 library_name: transformers
 tags:
-- {family.model_type}
+- {kind}
 ---
 
 # {run.workdir.name}

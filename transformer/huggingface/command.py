@@ -133,7 +133,8 @@ def export(options: ExportOptions, run: Any, config: Config, mesh: Any) -> int:
         _, params, step = load_merged(run, mesh, *_choice(options))
         size = int(options.shard_size * 1e9)
         notes = exporting.export_model(run, run.config.model, params, step, target, family, options.dtype, size)
-    print(f"{options.out}: {family.architecture} of step {step}, read again and compared")
+    [architecture] = read_json(target / "config.json")["architectures"]
+    print(f"{options.out}: {architecture} of step {step}, read again and compared")
     for note in notes:
         print(note)
     return 0

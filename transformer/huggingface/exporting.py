@@ -79,7 +79,8 @@ def export_model(
         write_atomically(partial / "generation_config.json", json.dumps(content, indent=2) + "\n")
         problem = published.write_tokenizer(saved, run.tokenizer, partial)
         notes = [f"The tokenizer is not part of this folder: {problem}."] if problem else []
-        write_atomically(partial / "README.md", model_card(run, model, step, family, dtype, notes))
+        theirs = read_json(partial / "config.json")
+        write_atomically(partial / "README.md", model_card(run, model, step, theirs, dtype, notes))
         verify(partial, model, params, dtype)
         for path in partial.iterdir():
             os.chmod(path, 0o644)
