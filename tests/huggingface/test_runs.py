@@ -57,6 +57,19 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
     return run
 
 
+def test_an_export_is_told_by_its_own_class(tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
+    """Which of the family's it is, the head decides."""
+    reference = json.loads((REFERENCES / "bert-model.json").read_text())
+    folder, run, out = tmp_path / "published", tmp_path / "run", tmp_path / "out"
+    write_folder(folder, reference["config"], reference["shapes"], 0)
+    a_tokenizer("[PAD]", "[CLS]", "[SEP]", "[MASK]").save(str(folder / "tokenizer.json"))
+    assert command("import", folder, "--workdir", run)[0] == 0
+    status, told = command("export", "--workdir", run, "--format", "huggingface", out)
+    assert status == 0, told
+    assert f"{out}: BertModel of step 0" in told
+    assert "| architecture | BertModel (bert), " in (out / "README.md").read_text()
+
+
 def test_in_out_and_in_again(published: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
     run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
     one = ("--parallel.fsdp", 8)
