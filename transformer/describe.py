@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformer.config import MESH_AXES, Config, ConfigError, mesh_problems, source_length
@@ -82,21 +82,34 @@ def text_of(result: Mapping[str, Any]) -> str:
     lines = [f"{result['parameters']:,} parameters, on a mesh of {sizes}"]
     if result["active_parameters"] != result["parameters"]:
         lines.append(f"{result['active_parameters']:,} parameters that a token passes through")
-    lines += [f"  {name:<40}{count:>16,}" for name, count in result["parameters_by_module"].items()]
+    lines += _aligned([(name, f"{count:,}") for name, count in result["parameters_by_module"].items()])
     for label, flops in result["flops_per_token"].items():
         lines.append(f"FLOPs a token, {label.replace('_', ' ')}: {flops:.4g}")
     products = result["forward_products"]
     total = sum(product["flops"] for product in products)
     lines.append("matrix products of one sequence's forward pass, attention in full:")
-    for product in products:
-        name = "/".join(product[key] for key in ("stack", "part", "name"))
-        lines.append(f"  {name:<50} {product['flops']:>14.4g} FLOPs {product['flops'] / total:>7.1%}")
+    rows = [("/".join(it[key] for key in ("stack", "part", "name")), it["flops"]) for it in products]
+    lines += _aligned([(name, f"{flops:.4g} FLOPs", f"{flops / total:.1%}") for name, flops in rows])
     lines.append("bytes per device, before gradients and activations:")
-    lines += [f"  {name:<40}{size:>16,}" for name, size in result["bytes_per_device"].items()]
+    lines += _aligned([(name, f"{size:,}") for name, size in result["bytes_per_device"].items()])
     lines.append("names of dimensions, and the mesh axes that split them:")
-    lines += [f"  {name:<40}{', '.join(split) or '-'}" for name, split in result["rules"].items()]
+    lines += _aligned([(name, ", ".join(split) or "-") for name, split in result["rules"].items()], left=2)
     lines += [f"left whole: {name}: {reason}" for name, reason in result["left_whole"].items()]
+    arrays = []
     for array in result["arrays"]:
-        shape, split = " x ".join(map(str, array["shape"])) or "scalar", array["sharding"]
-        lines.append(f"  {array['name']:<50} {shape:<20} {split:<40} {array['bytes_per_device']:>14,}")
-    return "\n".join(lines)
+        shape = " x ".join(map(str, array["shape"])) or "scalar"
+        arrays.append((array["name"], shape, array["sharding"], f"{array['bytes_per_device']:,}"))
+    return "\n".join(lines + _aligned(arrays, left=3))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
+    """Returns a line for each row, every column as wide as its widest cell; the first `left` begin alike, others end so."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = list(zip(row, widths, strict=True))
+        words = [cell.ljust(width) for cell, width in cells[:left]] + [
+            cell.rjust(width) for cell, width in cells[left:]
+        ]
+        lines.append(("  " + "  ".join(words)).rstrip())
+    return lines
