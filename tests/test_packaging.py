@@ -158,7 +158,8 @@ def check(command: Command, directory: Path) -> None:
         # Options with a dot are keys of the configuration, which the script hands on to train.py.
         keys = [word for flag, value in _options(arguments).items() if "." in flag for word in (flag, value)]
         if keys:
-            parse(TrainOptions, ["--config", arguments[1], "--workdir", "x", *keys], "train.py")
+            recipe = [] if arguments[1].startswith("--") else ["--config", arguments[1]]
+            parse(TrainOptions, [*recipe, "--workdir", "x", *keys], "train.py")
         for flag in [word for word in arguments if word.startswith("--") and word not in keys]:
             assert f'"{flag}"' in script.read_text(), f"{command}: {script.name} has no {flag}"
     elif program == "transformer":
