@@ -114,10 +114,10 @@ def main() -> None:
             where = ["--data.source-path", str(files / "train.en"), "--data.target-path", str(files / "train.de")]
             where += ["--data.validation-source-path", str(data / "val.en")]
             where += ["--data.validation-target-path", str(data / "val.de"), "--seed", str(seed)]
-            begins = ["--init-from.run", str(pretrained), *ARMS[arm]]
-            if not ARMS[arm]:
-                begins = ["--init-from.run", "", "--init-from.allow-missing"]
-                begins += ["--data.tokenizer-path", str(pretrained / "tokenizer")]
+            # The recipe begins with a run unless it is told otherwise.
+            alone = ["--init-from.run", "", "--init-from.allow-missing"]
+            alone += ["--data.tokenizer-path", str(pretrained / "tokenizer")]
+            begins = ["--init-from.run", str(pretrained), *ARMS[arm]] if ARMS[arm] else alone
             train("seq2seq_from_pretrained", directory, [*where, *begins, *paced(steps), *options])
             run = {"arm": arm, "pairs": pairs, "seed": seed, **measured(directory)}
             found.append(run | ({"bleu": translate(directory, data)} if given.bleu else {}))

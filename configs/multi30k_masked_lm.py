@@ -1,7 +1,7 @@
 """An encoder that fills in masked tokens of Multi30k's captions, in both languages; `seq2seq_from_pretrained` begins with it.
 
-It has the shape of the encoder in `multi30k_transformer`, with rotary positions, and reads the same files; that they are translations of one another
-it is not told.
+It has the shape of the encoder in `multi30k_transformer`, with rotary positions, and reads the same files; that they are
+translations of one another it is not told.
 """
 
 from configs import multi30k_transformer

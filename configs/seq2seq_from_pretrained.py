@@ -1,8 +1,8 @@
 """English to German on Multi30k, with the encoder and the embeddings of `multi30k_masked_lm`; the decoder is new.
 
-Else it is `multi30k_transformer` the other way round, with that encoder's rotary positions. With `--init-from.rename decoder=encoder` and
-`--init-from.allow-missing "decoder/layers/cross*"` the decoder begins as the encoder too, but for what reads it (Rothe et al.
-2020, arXiv:1907.12461).
+Else it is `multi30k_transformer` the other way round, with that encoder's rotary positions. With `--init-from.rename
+decoder=encoder` and `--init-from.allow-missing "decoder/layers/cross*"` the decoder begins as the encoder too, but for what
+reads it (Rothe et al. 2020, arXiv:1907.12461).
 """
 
 from configs import multi30k_transformer

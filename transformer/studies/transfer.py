@@ -46,10 +46,6 @@ def prepare(base: Config, shared: Shared) -> Config:
         raise ConfigError(
             f"--text = {shared.text[0]!r}: the model of --pretrained has read what it has read; leave one out"
         )
-    run = Path(shared.pretrained).expanduser().absolute() if shared.pretrained else shared.directory / "pretrained"
-    if shared.pretrained:
-        model = load_run(run).config.model
-        base = replace(base, model=vars(model) | {"num_labels": base.model.num_labels})
     data = shared.directory / "data"
     train, validation = _labelled(base, data)
     for seed in shared.seeds:
@@ -57,8 +53,12 @@ def prepare(base: Config, shared: Shared) -> Config:
         for count in SHARES:
             _write(data / f"train-{count or 'all'}-{seed}.jsonl", order[:count])
     _write(data / "validation.jsonl", validation)
-    if not shared.pretrained:
-        _pretrain(base, [record["text"] for record in train], shared, run)
+    if shared.pretrained:
+        run = Path(shared.pretrained).expanduser().absolute()
+        model = load_run(run).config.model
+        base = replace(base, model=vars(model) | {"num_labels": base.model.num_labels})
+    else:
+        run = _pretrain(base, [record["text"] for record in train], shared)
     fields = {"text_field": "text", "second_text_field": "", "label_field": "label"}
     files_of = {
         "path": (str(data / "train-{count}-{seed}.jsonl"),),
@@ -72,9 +72,9 @@ def prepare(base: Config, shared: Shared) -> Config:
     )
 
 
-def _pretrain(base: Config, sentences: Sequence[str], shared: Shared, run: Path) -> None:
-    """Trains the language model on the sentences and other text, if it is not trained yet."""
-    data = shared.directory / "data"
+def _pretrain(base: Config, sentences: Sequence[str], shared: Shared) -> Path:
+    """Trains the language model on the sentences and other text, if it is not trained yet, and returns its directory."""
+    data, run = shared.directory / "data", shared.directory / "pretrained"
     _write(data / "sentences.jsonl", [{"text": sentence} for sentence in sentences])
     sources = [f"local_text:{data / 'sentences.jsonl'}"]
     if shared.text:
@@ -90,6 +90,7 @@ def _pretrain(base: Config, sentences: Sequence[str], shared: Shared, run: Path)
         raise ConfigError(
             f"{finished} is of another language model: choose another --workdir, or delete {shared.directory}"
         )
+    return run
 
 
 def language_model(base: Config, sources: tuple[str, ...]) -> Config:
