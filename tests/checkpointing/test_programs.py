@@ -173,5 +173,5 @@ def test_a_run_that_goes_on_does_not_compile_its_step(
     monkeypatch.setattr(loop, "compile_step", never)
     assert loop.run(config, tmp_path / "resumed") == 0
     told = capsys.readouterr().out
-    assert "loaded in " in told and "traced 0 time(s)" in told
+    assert "loaded in " in told
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")

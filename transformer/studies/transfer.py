@@ -29,7 +29,7 @@ ARMS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "pretrained": lambda base: {},
     "lora": lambda base: {
         "init_from": {"run": "", "allow_missing": ()},
-        "adapter": {"kind": "lora", "base_run": base.init_from.run, "rank": 3, "alpha": 6.0},
+        "adapter": {"kind": "lora", "base_run": base.init_from.run},
         "optimizer": {"learning_rate": 10 * base.optimizer.learning_rate, "weight_decay": 0.0},
     },
 }
