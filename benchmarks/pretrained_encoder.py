@@ -129,7 +129,8 @@ def main() -> None:
     # Paths are whoever ran it's own; the rest makes it again.
     wanted = {name: value for name, value in vars(given).items() if name not in ("data", "workdir", "out")}
     record = {"asked": wanted, "options": options, "date": today, "machine": machine(), "runs": runs}
-    (given.out / f"{today}-pretrained-encoder.json").write_text(json.dumps(record, indent=1) + "\n")
+    name = "-".join([today, "pretrained-encoder", *map(str, given.pairs)])
+    (given.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(table(["pairs", "begins with", "lowest validation loss", *(["BLEU"] if given.bleu else [])], rows))
 
 
