@@ -268,6 +268,7 @@ echo $? >> "$OUT/status"
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only(
     make_run: Make, tmp_path: Path, assert_same_run: Callable[[Path, Path], None], start_training: Start
 ) -> None:

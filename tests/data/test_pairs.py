@@ -353,6 +353,7 @@ def test_what_decides_the_rows_decides_the_fingerprint(pairs_config: Callable[..
         assert prepare(replace(pairs_config(some_pairs, sequence_length=100), data=same), False).fingerprint == first
 
 
+@pytest.mark.slow
 def test_killed_twice_gives_the_same_bytes(
     pairs_config: Callable[..., Config],
     tmp_path: Path,

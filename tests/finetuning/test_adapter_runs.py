@@ -47,8 +47,17 @@ def test_an_adapter_is_kept_apart_from_its_base(
     with pytest.raises(ConfigError, match="is there already"):
         command(["merge", "--workdir", str(workdir), "--output", str(out)])
 
-    # Another base: of another seed under the same name, and of another shape.
-    assert run(replace(config, adapter=Config().adapter, seed=1, train={"num_steps": 2}), tmp_path / "other") == 0
+
+@pytest.mark.slow
+def test_another_base_is_refused(make_run: Callable[..., Config], tmp_path: Path) -> None:
+    """One of another seed under the same name, and one of another shape."""
+    rare = {"evaluation": {"every_steps": 0, "sample_tokens": 0}, "checkpoint": {"every_steps": 0}}
+    config = make_run(train={"num_steps": 2}, **rare)
+    base, workdir = tmp_path / "base", tmp_path / "adapter"
+    assert run(config, base) == 0
+    assert run(replace(config, seed=1), tmp_path / "other") == 0
+    config = replace(config, adapter={"kind": "lora", "rank": 2, "base_run": str(base)})
+    assert run(config, workdir) == 0
     base.rename(tmp_path / "away")
     with pytest.raises(ConfigError, match=r"the base of the adapter .*; if it has moved, change 'run' in"):
         command(["generate", "--workdir", str(workdir)])

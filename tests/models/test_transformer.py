@@ -335,7 +335,7 @@ def multiplications(jaxpr: Any) -> int:
     return own + sum(map(multiplications, inner))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_scan_and_remat_do_not_change_loss_and_gradient(dropout, model_config, batch):
     key = rapid_key(5) if dropout else None
     arms = list(itertools.product((False, True), ("none", "dots", "full")))[:: 2 if dropout else 1]

@@ -382,7 +382,7 @@ ALL_AXES = {"fsdp": 2, "context": 2, "tensor": 2}
         pytest.param("decoder", {"context": 8}, marks=SLOW, id="decoder, alone"),
         pytest.param("decoder", {"fsdp": 2, "context": 4}, marks=SLOW, id="decoder, fsdp"),
         pytest.param("decoder", {"context": 4, "tensor": 2}, marks=SLOW, id="decoder, tensor"),
-        pytest.param("hybrid", {"context": 4}, id="hybrid, alone"),
+        pytest.param("hybrid", {"context": 4}, marks=SLOW, id="hybrid, alone"),
         pytest.param("hybrid", ALL_AXES, marks=SLOW, id="hybrid"),
         pytest.param("linear_attention", {"context": 8}, marks=SLOW, id="linear attention"),
         pytest.param("retention", ALL_AXES, marks=SLOW, id="retention"),

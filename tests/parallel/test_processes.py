@@ -112,7 +112,17 @@ def test_two_processes_equal_one(
     assert (two / "samples.jsonl").read_text().count("\n") == 2
     assert_losses_equal(read_lines(two), read_lines(one))
 
-    # The checkpoint of one process restored in two, and that of two in one.
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_process_is_restored_in_two_and_that_of_two_in_one(
+    run_one: Callable[..., None],
+    run_two: Callable[..., list[str]],
+    read_lines: Callable[[Path], Lines],
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_one(one)
+    run_two(two, by_flags)
     for source, finish in ((one, lambda mixed: run_two(mixed, by_flags)), (two, run_one)):
         mixed = tmp_path / f"{source.name} mixed"
         shutil.copytree(source, mixed)

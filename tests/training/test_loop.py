@@ -139,7 +139,8 @@ def test_a_run_that_averages_evaluates_its_average_and_resumes_without(
     assert loss == pytest.approx(read_lines(workdir)[-1]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
 def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     tensor: int,
     make_run: Make,
@@ -172,7 +173,7 @@ def test_a_run_that_was_signalled_ends_like_one_that_never_was(
     "moment",
     [
         pytest.param("at the step", marks=pytest.mark.slow),
-        "in the validation",
+        pytest.param("in the validation", marks=pytest.mark.slow),
         pytest.param("killed after it", marks=pytest.mark.slow),
     ],
 )

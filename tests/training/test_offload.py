@@ -30,7 +30,7 @@ def kinds(state: Any) -> set[str]:
         pytest.param("adamw", ALONE, id="adamw, one device"),
         pytest.param("adamw", SPLIT, id="adamw, eight devices", marks=pytest.mark.slow),
         pytest.param("muon", ALONE, id="muon, one device", marks=pytest.mark.slow),
-        pytest.param("muon", SPLIT, id="muon, eight devices"),
+        pytest.param("muon", SPLIT, id="muon, eight devices", marks=pytest.mark.slow),
     ],
 )
 def test_steps_are_the_same_to_the_bit(
