@@ -15,7 +15,8 @@ from transformer.parallel.sharding import make_mesh
 
 def mesh_of(**axes: int) -> Mesh:
     """Returns a mesh of these sizes, of one device without any."""
-    config = replace(Config(), train={"batch_size": 8}, parallel={"fsdp": 1, **axes})
+    experts = {"layers": "attention/experts", "num_experts": 8} if "expert" in axes else {}
+    config = replace(Config(), model=experts, train={"batch_size": 8}, parallel={"fsdp": 1, **axes})
     return make_mesh(config, jax.devices()[: int(np.prod(list(axes.values()), dtype=int))])
 
 

@@ -70,6 +70,18 @@ def test_an_export_is_told_by_its_own_class(tmp_path: Path, command: Callable[..
     assert "| architecture | BertModel (bert), " in (out / "README.md").read_text()
 
 
+def test_experts_are_split_as_the_model_has_them(tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
+    """The recipe's own model has none."""
+    reference = json.loads((REFERENCES / "mixtral.json").read_text())
+    write_folder(tmp_path / "published", reference["config"], reference["shapes"], 0)
+    a_tokenizer("<s>", "</s>").save(str(tmp_path / "published" / "tokenizer.json"))
+    split = ("--parallel.fsdp", 4, "--parallel.expert", 2)
+    status, told = command("import", tmp_path / "published", "--workdir", tmp_path / "run", *split)
+    assert status == 0, told
+    status, told = command("compare", tmp_path / "run", tmp_path / "published")
+    assert status == 0 and "arrays are equal bit by bit" in told
+
+
 def test_in_out_and_in_again(published: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]) -> None:
     run, out, again = tmp_path / "run", tmp_path / "out", tmp_path / "again"
     one = ("--parallel.fsdp", 8)

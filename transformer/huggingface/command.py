@@ -95,8 +95,9 @@ def import_(options: ImportOptions) -> int:
             print(peft.import_adapter(Path(options.path).expanduser(), workdir, options.config, mesh))
         return 0
     folder = importing.folder_of(options.path)
-    reading.model_of(folder)  # what is wrong with it is told before anything of the mesh
-    mesh = make_mesh(options.config)
+    _, model = reading.model_of(folder)  # what is wrong with it is told before anything of the mesh
+    # Which axes there may be depends on the model.
+    mesh = make_mesh(importing.run_config(model, options.config, options.config.data.tokenizer, workdir))
     with jax.set_mesh(mesh), use_rules(options.config):
         model = importing.import_model(folder, workdir, options.config, mesh)
     count = sum(spec.count for spec in flat_specs(model).values())
