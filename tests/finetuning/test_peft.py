@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: what is written is read as it was, PEFT computes the same with it, and what PEFT writes is read."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -70,23 +71,23 @@ def save(path: Path, given: dict[str, Any], tensors: dict[str, np.ndarray]) -> N
 
 
 def test_what_is_written_is_read_as_it_was(tmp_path: Path) -> None:
-    for name in MODELS:
-        for kind, adapter in ADAPTERS.items():
-            family, model, _, trained, _ = made(name, adapter)
-            if (name, kind) == ("gpt2", "stabilized"):
-                # The key between them has no adapter: B's rows for it are zero, and so it gets one that does nothing.
-                continue
-            given, tensors = peft.written(model, trained, family)
-            folder = tmp_path / f"{name}-{kind}"
-            save(folder, given, tensors)
-            stored = read_header(folder / peft.WEIGHTS)[0]
-            found, arrays = peft.read(given, stored, model.config, family, str(folder))
-            assert found.scale == adapter.scale and found.rank == adapter.rank, (name, kind)
-            assert found.targets == tuple(sorted(adapter.targets)), (name, kind)
-            own = peft._flat(trained)
-            assert own.keys() == arrays.keys(), (name, kind)
-            for path, leaf in own.items():
-                assert np.array_equal(arrays[path], leaf), (name, kind, path)
+    for name, kind in itertools.product(MODELS, ADAPTERS):
+        adapter = ADAPTERS[kind]
+        family, model, _, trained, _ = made(name, adapter)
+        if (name, kind) == ("gpt2", "stabilized"):
+            # The key between them has no adapter: B's rows for it are zero, and so it gets one that does nothing.
+            continue
+        given, tensors = peft.written(model, trained, family)
+        folder = tmp_path / f"{name}-{kind}"
+        save(folder, given, tensors)
+        stored = read_header(folder / peft.WEIGHTS)[0]
+        found, arrays = peft.read(given, stored, model.config, family, str(folder))
+        assert found.scale == adapter.scale and found.rank == adapter.rank, (name, kind)
+        assert found.targets == tuple(sorted(adapter.targets)), (name, kind)
+        own = peft._flat(trained)
+        assert own.keys() == arrays.keys(), (name, kind)
+        for path, leaf in own.items():
+            assert np.array_equal(arrays[path], leaf), (name, kind, path)
 
 
 def test_what_is_not_for_this_base_is_refused(tmp_path: Path) -> None:
@@ -97,6 +98,14 @@ def test_what_is_not_for_this_base_is_refused(tmp_path: Path) -> None:
             ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save = \['lm_head'\]"),
             ({"peft_type": "IA3"}, {}, "peft_type = 'IA3'"),
             ({"init_lora_weights": "pissa_niter_4"}, {}, "changes the base itself"),
+            ({"init_lora_weights": "lora_ga"}, {}, "changes the base itself"),
+            ({"alora_invocation_tokens": [5, 6]}, {}, "alora_invocation_tokens = "),
+            ({"lora_alpha": "x"}, {}, "lora_alpha = 'x' is not a number"),
+            ({"lora_alpha": float("nan")}, {}, "lora_alpha = nan is not a number"),
+            ({"lora_dropout": "x"}, {}, "lora_dropout = 'x' is not a number"),
+            ({"alpha_pattern": ["a"]}, {}, r"alpha_pattern = \['a'\] is not an object"),
+            ({"alpha_pattern": {"q_proj": "z"}}, {}, r"alpha_pattern\['q_proj'\] = 'z' is not a number"),
+            ({"alpha_pattern": {"(q_proj": 1}}, {}, "'\\(q_proj' is no regular expression"),
             ({}, {"layers.1.": "layers.7."}, r"layers.7.\S+ \(3, 30\) is of no linear map of the base"),
         ]
     ):
@@ -113,6 +122,31 @@ def test_what_is_not_for_this_base_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "wide", given, tensors)
     with pytest.raises(ConfigError, match=r"up_proj has lora_A \(3, 30\) and lora_B \(44, 3\).*30 to 50"):
         peft.read(given, read_header(tmp_path / "wide" / peft.WEIGHTS)[0], wide, family, "wide")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scaled"),
+    [
+        ("q_proj", ["query", "query"]),
+        (".*q_proj", ["query", "query"]),
+        (r"model\.layers\.[01]\.self_attn\.(q|v)_proj", ["query", "query", "value", "value"]),
+        ("^model.layers.0.self_attn.q_proj", ["query"]),
+        ("proj", []),
+    ],
+)
+def test_patterns_of_alpha_are_those_of_peft(pattern: str, scaled: list[str], tmp_path: Path) -> None:
+    """Regular expressions, of the whole name or of an end of it after a dot."""
+    family, model, _, trained, _ = made("llama", ADAPTERS["lora"])
+    given, tensors = peft.written(model, trained, family)
+    given["alpha_pattern"] = {pattern: 60.0}
+    save(tmp_path / "adapter", given, tensors)
+    stored = read_header(tmp_path / "adapter" / peft.WEIGHTS)[0]
+    found, arrays = peft.read(given, stored, model.config, family, "adapter")
+    own = peft._flat(trained)
+    products = {path: arrays[path] * found.scale / (own[path] * 2) for path in own if path.endswith("lora_b")}
+    layers = [(path.split("/")[-2], factor) for path, ratio in products.items() for factor in ratio[:, 0, 0]]
+    assert sorted(name for name, factor in layers if abs(factor - 10) < 1e-4) == scaled
+    assert all(abs(factor - 10) < 1e-4 or abs(factor - 1) < 1e-5 for _, factor in layers)
 
 
 @pytest.mark.slow

@@ -149,6 +149,8 @@ def indexed(folder: Path, place: str) -> None:
         ("pipe.safetensors", "pipe.safetensors is not a regular file"),
         ("gone.safetensors", "gone.safetensors is not there"),
         ("config.json", "'config.json' is no safetensors file"),
+        ("\ud800.safetensors", r"'\ud800.safetensors' is not the name of a file in this folder"),
+        ("a\nall is well\x1b[31m.safetensors", r"'a\nall is well\x1b[31m.safetensors' is not the name of a file"),
     ],
 )
 def test_an_index_that_leads_elsewhere(folder: Path, place: str, expected: str) -> None:
@@ -158,6 +160,21 @@ def test_an_index_that_leads_elsewhere(folder: Path, place: str, expected: str) 
     os.mkfifo(folder / "pipe.safetensors")
     indexed(folder, place)
     assert expected in message(folder)
+
+
+def test_a_config_of_many_levels_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    nested = json.dumps(config)[:-1] + ', "more": ' + "[" * 500 + "]" * 500 + "}"
+    (folder / "config.json").write_text(nested)
+    assert "config.json is nested deeper than 100 levels" in message(folder)
+
+
+def test_a_name_that_is_no_word_stays_a_line(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors") | {"evil\nall is well": np.zeros(1, np.float32)}
+    save_file(tensors | {"x" * 10_000: np.zeros(1, np.float32)}, folder / "model.safetensors")
+    told = message(folder)
+    assert r"'evil\nall is well' (1,) is no tensor of this llama" in told
+    assert max(map(len, told.splitlines())) < 500
 
 
 def test_an_index_that_does_not_agree_with_the_files(folder: Path) -> None:

@@ -35,7 +35,11 @@ def a_tokenizer() -> Any:
     )
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = LLAMA | {"rope_scaling": SCALED | {"original_max_position_embeddings": 8192}, "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize("config", [LLAMA, LLAMA3, GPT2], ids=["llama", "llama3", "gpt2"])
 def test_three_tools_write_the_same_text(config: dict[str, Any], tmp_path: Path) -> None:
     their_model(config, 7).save_pretrained(tmp_path / "theirs")
     mesh = mesh_of()

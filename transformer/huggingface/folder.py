@@ -86,7 +86,7 @@ class Folder:
         The hub's own cache is allowed its links, from `snapshots/REVISION` to `blobs` beside it.
         """
         said = f"{self.path / where}: " if where else ""
-        if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name) or not name:
             raise ConfigError(f"{said}{shown(name)} is not the name of a file in this folder")
         try:
             found = (self.path / name).resolve(strict=True)
@@ -97,7 +97,7 @@ class Folder:
         folder = self.path.resolve()
         roots = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
         if not any(found.is_relative_to(root) for root in roots):
-            raise ConfigError(f"{said}{shown(name)} is a link that leads out of the folder")
+            raise ConfigError(f"{said}{shown(name)} is a link that leads out of the folder {self.path}")
         return found
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ BYTES = {
 
 LONGEST = 100_000_000
 """Bytes of the longest header, and of the longest JSON file: the library's own limit."""
+
+DEEPEST = 100
+"""Levels of a JSON file: what reads it further on goes into each by a call."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,20 @@ def parse_json(content: bytes, where: str) -> Any:
         return found
 
     try:
-        return json.loads(content.decode(), object_pairs_hook=once)
+        found = json.loads(content.decode(), object_pairs_hook=once)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
+    level, depth = [found], 0
+    while level := [part for value in level for part in _parts_of(value)]:
+        if (depth := depth + 1) > DEEPEST:
+            raise ConfigError(f"{where} is nested deeper than {DEEPEST} levels")
+    return found
+
+
+def _parts_of(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def shown(value: Any) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,7 @@ from transformer.parallel.sharding import sharding
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PREFIXES = (PREFIX, PREFIX + "base_model.", "")
 FINGERPRINT = "base_fingerprint"
 """In the metadata of the tensors' file: that of the base, as base.json has it."""
 TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM", "encoder": None}
@@ -50,10 +52,12 @@ UNREAD: Mapping[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "megatron_config": (None,),
     "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
 }
 """Keys of adapter_config.json that have to say this: otherwise an adapter does more than one of ours can."""
 
-CHANGED = ("pissa", "olora", "loftq", "corda", "eva_residual")
+CHANGED = ("pissa", "olora", "loftq", "corda", "eva_residual", "lora_ga")
 """Ways to begin that change the base's own weights, so that the adapter is for another base."""
 
 Flat = dict[str, np.ndarray]
@@ -220,6 +224,16 @@ def read(
         problems.append(
             f"{where}/{CONFIG}: init_lora_weights = {begun!r} changes the base itself: merge it by PEFT first"
         )
+    alphas = given.get("alpha_pattern") or {}
+    numbers = {"lora_alpha": given.get("lora_alpha", 8), "lora_dropout": given.get("lora_dropout") or 0.0}
+    numbers |= {f"alpha_pattern[{key!r}]": value for key, value in alphas.items()} if isinstance(alphas, dict) else {}
+    if not isinstance(alphas, dict):
+        problems.append(f"{where}/{CONFIG}: alpha_pattern = {shown(alphas)} is not an object")
+    problems += [
+        f"{where}/{CONFIG}: {key} = {shown(value)} is not a number"
+        for key, value in numbers.items()
+        if type(value) not in (int, float) or not math.isfinite(value)
+    ]
     if problems:
         raise ConfigError(problems)
     every, left = modules(family, model), dict(stored)
@@ -228,7 +242,7 @@ def read(
     pieces_found: dict[str, dict[tuple[int, ...], Flat]] = {}
     scales: list[tuple[float, int]] = []
     for name, (tensor, pieces) in every.items():
-        prefix = next((p for p in (PREFIX, PREFIX + "base_model.", "") if f"{p}{name}.lora_A.weight" in left), None)
+        prefix = next((p for p in PREFIXES if f"{p}{name}.lora_A.weight" in left), None)
         if prefix is None:
             continue
         down = _taken(left, f"{prefix}{name}.lora_A.weight", where)
@@ -243,7 +257,7 @@ def read(
         if is_dora:
             vector = f"{prefix}{name}.lora_magnitude_vector"
             magnitude = _taken(left, vector if vector in left else f"{vector}.weight", where).reshape(-1)
-        alpha = float(_of(given.get("alpha_pattern"), name, given.get("lora_alpha", 8)))
+        alpha = float(_of(alphas, name, numbers["lora_alpha"]))
         scale = alpha / rank**power
         for path, part in _parts(tensor, pieces, down, up, magnitude).items():
             pieces_found.setdefault(path, {})[pieces[path].at] = part | {"scale": np.asarray(scale)}
@@ -318,11 +332,14 @@ def _taken(left: dict[str, Stored], name: str, where: str) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32).reshape(stored.shape)
 
 
-def _of(pattern: Any, name: str, default: Any) -> Any:
-    """Returns what rank_pattern or alpha_pattern says of a module."""
-    for key, value in (pattern or {}).items():
-        if name == key or name.endswith(f".{key}"):
-            return value
+def _of(patterns: Mapping[str, int | float], name: str, default: int | float) -> int | float:
+    """Returns what alpha_pattern says of a module: the first of its patterns that the name, or an end of it after a dot, is."""
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise ConfigError(f"alpha_pattern: {shown(pattern)} is no regular expression: {error}") from error
     return default
 
 

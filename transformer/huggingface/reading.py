@@ -104,6 +104,11 @@ def _put(values: jax.Array, block: Any, starts: tuple[Any, ...]) -> jax.Array:
     return jax.lax.dynamic_update_slice(values, block, starts)
 
 
+def _plain(name: str) -> str:
+    """Returns a name from a file for a message: as it is, if it is one of a few printable characters."""
+    return name if name.isprintable() and len(name) <= 100 else shown(name)
+
+
 def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Held]:
     """Returns where each of our arrays is; raises ConfigError with every tensor that lacks, is too many or has another shape."""
     stored = {_renamed(family, name): tensor for name, tensor in folder.tensors.items()}
@@ -131,10 +136,12 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
             problems.append(f"{names[tensor.name]} {tensor.shape} is missing")
             continue
         if have.shape != tensor.shape:
-            problems.append(f"{have.name} has the shape {shown(have.shape)}, and config.json asks for {tensor.shape}")
+            problems.append(
+                f"{_plain(have.name)} has the shape {shown(have.shape)}, and config.json asks for {tensor.shape}"
+            )
             continue
         if have.dtype not in ("F32", "F16", "BF16"):
-            problems.append(f"{have.name} is {have.dtype}; parameters are read from F32, F16 and BF16")
+            problems.append(f"{_plain(have.name)} is {have.dtype}; parameters are read from F32, F16 and BF16")
         for piece in tensor.pieces:
             found.setdefault(piece.path, {})[piece.at] = (have, tensor, piece)
     known = set(names.values())
@@ -149,10 +156,10 @@ def matched(folder: Folder, family: Family, model: ModelConfig) -> dict[str, Hel
         if name in repeats:
             if not same(have, stored.get(repeats[name])):
                 problems.append(
-                    f"{name} {shown(have.shape)} differs from {repeats[name]}, which config.json says it is"
+                    f"{_plain(name)} {shown(have.shape)} differs from {repeats[name]}, which config.json says it is"
                 )
             continue
-        problems.append(f"{name} {shown(have.shape)} is no tensor of this {family.model_type}")
+        problems.append(f"{_plain(name)} {shown(have.shape)} is no tensor of this {family.model_type}")
     if problems:
         raise ConfigError([f"{folder.path}: {problem}" for problem in problems])
     for reason, names_left in without.items():

@@ -8,8 +8,11 @@ from transformer.huggingface.header import shown
 from transformer.huggingface.table import Translation
 
 SCALINGS = {"default": "none", "linear": "linear", "dynamic": "dynamic_ntk", "yarn": "yarn", "llama3": "llama3"}
-_OTHERWISE = {"yarn": {"beta_fast": 32, "beta_slow": 1}, "llama3": {"low_freq_factor": 1, "high_freq_factor": 4}}
-"""Further numbers of a scaling, which are read with these values alone."""
+_OTHERWISE = {
+    "yarn": {"beta_fast": 32.0, "beta_slow": 1.0},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+"""Further numbers of a scaling, which are read with these values alone; CTranslate2 wants them written as fractions."""
 
 
 def rotary(base: float = 10_000.0) -> Translation:
@@ -45,7 +48,7 @@ def read(theirs: Mapping[str, Any], base: float) -> dict[str, Any]:
     for key, value in said.items():
         wanted = _OTHERWISE.get(kind, {}).get(key)
         if key not in known and value is not None and value != wanted:
-            problem = f"is read with {wanted} alone" if wanted is not None else "is not known"
+            problem = f"is read with {wanted:g} alone" if wanted is not None else "is not known"
             raise ConfigError(f"{name}.{key} = {shown(value)} {problem} with {kind!r}")
     # The length from which dynamic scaling begins is always that of the model.
     given = None if kind == "dynamic" else said.get("original_max_position_embeddings")
