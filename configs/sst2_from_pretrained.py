@@ -1,7 +1,7 @@
 """SST-2 as in `sst2_from_scratch`, begun with the parameters and the tokenizer of a run of `sst2_pretrain`.
 
-Which run that is says `--init-from.run`. The head that tells positive from negative is new; all else is loaded. An adapter, if
-`--adapter.kind` asks for one, is narrow: of so small a model it trains 1.5%.
+Which run that is says `--init-from.run`. The head that tells positive from negative is new; all else is loaded. The
+adapter is that of the study `transfer`, and narrow: of so small a model it trains 1.5%.
 """
 
 from configs import sst2_from_scratch

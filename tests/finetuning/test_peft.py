@@ -28,6 +28,12 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1, "max_position_embeddings": 64},
     },
 }
+HEADLESS: dict[str, dict[str, Any]] = {
+    "bert": {
+        **{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": VOCAB, "hidden_size": 30},
+        **{"intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 5, "max_position_embeddings": 64},
+    }
+}
 ADAPTERS = {
     "lora": AdapterConfig(kind="lora", rank=3, alpha=6.0),
     "stabilized": AdapterConfig(kind="lora", rank=4, rank_stabilized=True, targets=("query", "value", "down")),
@@ -38,8 +44,9 @@ ADAPTERS = {
 def model_of(name: str) -> tuple[Family, ModelConfig]:
     from transformer.huggingface.families import family_of
 
-    family = family_of(MODELS[name]["model_type"])
-    return family, read_config(family, MODELS[name], name)
+    theirs = (MODELS | HEADLESS)[name]
+    family = family_of(theirs["model_type"])
+    return family, read_config(family, theirs, name)
 
 
 def ready(model: ModelConfig) -> ModelConfig:
@@ -88,6 +95,23 @@ def test_what_is_written_is_read_as_it_was(tmp_path: Path) -> None:
         assert own.keys() == arrays.keys(), (name, kind)
         for path, leaf in own.items():
             assert np.array_equal(arrays[path], leaf), (name, kind, path)
+
+
+def test_a_class_without_a_head_has_other_names(tmp_path: Path) -> None:
+    """BertModel is `bert` itself; in BertForMaskedLM its modules are below that name, and either is read."""
+    family, model, _, trained, _ = made("bert", ADAPTERS["lora"])
+    given, tensors = peft.written(model, trained, family)
+    assert not any(name.startswith("base_model.model.bert.") for name in tensors)
+    for number, more in enumerate(("", "bert.")):
+        renamed = {name.replace(peft.PREFIX, peft.PREFIX + more): value for name, value in tensors.items()}
+        folder = tmp_path / str(number)
+        save(folder, given, renamed)
+        stored = read_header(folder / peft.WEIGHTS)[0]
+        config = replace(Config(model=model.config), model={"scan_layers": None}).model
+        found, arrays = peft.read(given, stored, config, family, str(folder))
+        assert found.targets == ("*",)
+        for path, leaf in peft._flat(trained).items():
+            assert np.array_equal(arrays[path], leaf), path
 
 
 def test_what_is_not_for_this_base_is_refused(tmp_path: Path) -> None:

@@ -199,3 +199,38 @@ def test_tokenizers_of_ours_come_out(kind: str, tmp_path: Path) -> None:
         ids = made.encode(sample).tolist()
         assert library.encode(sample, add_special_tokens=False).ids == ids
         assert library.decode(ids) == made.decode(ids)
+
+
+def test_an_adapter_of_a_published_model_goes_out_and_in_again(
+    published: Path, tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    base, run, out, again = (tmp_path / name for name in ("base", "run", "out", "again"))
+    (tmp_path / "text.txt").write_text("aa ab ba bb\n\n" * 500)
+    assert command("import", published, "--workdir", base, "--parallel.fsdp", 8)[0] == 0
+    adapter = ("--adapter.kind", "lora", "--adapter.base-run", base)
+    pace = ("--train.num-steps", 1, "--optimizer.warmup-steps", 0, "--evaluation.every-steps", 0)
+    data = ("--data.path", tmp_path / "text.txt", "--data.cache-dir", tmp_path / "cache", "--data.sequence-length", 16)
+    status, told = command("train", "--workdir", run, *adapter, *pace, *data)
+    assert status == 0, told
+    status, told = command("export", "--workdir", run, "--format", "peft", out)
+    assert status == 0, told
+    status, told = command("import", out, "--workdir", again, *adapter)
+    assert status == 0 and "an adapter of rank 8" in told, told
+    config = json.loads((again / "config.json").read_text())
+    assert config["adapter"]["targets"] == ["*"] and config["adapter"]["alpha"] == 16
+
+
+def test_a_classifier_by_the_mean_of_a_text_is_not_theirs(
+    tmp_path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    reference = json.loads((REFERENCES / "bert-labels.json").read_text())
+    write_folder(tmp_path / "published", reference["config"], reference["shapes"], 0)
+    a_tokenizer("[PAD]", "[CLS]", "[SEP]", "[MASK]").save(str(tmp_path / "published" / "tokenizer.json"))
+    (tmp_path / "data.jsonl").write_text('{"text": "aa ab", "label": "x"}\n')
+    by_mean = ("--objective.name", "sequence_classification", "--objective.pooling", "mean")
+    data = ("--data.path", tmp_path / "data.jsonl", "--data.text-field", "text", "--data.label-field", "label")
+    status, told = command("import", tmp_path / "published", "--workdir", tmp_path / "run", *by_mean, *data)
+    assert status == 0, told
+    status, told = command("export", "--workdir", tmp_path / "run", "--format", "huggingface", tmp_path / "out")
+    assert status == 2 and "objective.pooling = 'mean'" in told, told
+    assert not (tmp_path / "out").exists()

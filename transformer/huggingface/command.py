@@ -129,6 +129,11 @@ def export(options: ExportOptions, run: Any, config: Config, mesh: Any) -> int:
     origin = run.workdir / "tokenizer" / published.PUBLISHED / "config.json"
     preferred = read_json(origin).get("model_type", "") if isinstance(origin, Path) and origin.is_file() else ""
     family = exporting.family_for(run.config.model, options.family, preferred)
+    if run.config.model.num_labels and (pooling := run.config.objective.pooling) not in ("auto", "first"):
+        problem = (
+            f"objective.pooling = {pooling!r}: the classifiers of {family.model_type} there read a text's first token"
+        )
+        raise ConfigError(f"{problem}, so that the exported one would be another model")
     target = Path(options.out).expanduser()
     with jax.set_mesh(mesh), use_rules(config):
         _, params, step = load_merged(run, mesh, *_choice(options))

@@ -29,7 +29,7 @@ from transformer.huggingface.exporting import family_for
 from transformer.huggingface.folder import read_slice
 from transformer.huggingface.header import Stored, read_header, read_json, shown
 from transformer.huggingface.table import Family, Tensor, tensors_of
-from transformer.huggingface.translation import canonical
+from transformer.huggingface.translation import canonical, write_config
 from transformer.huggingface.writing import write_tensors
 from transformer.models import adapters
 from transformer.models.parameters import Tree, divide, parameter_specs
@@ -124,14 +124,20 @@ def import_adapter(folder: Path, workdir: Path, config: Config, mesh: Mesh) -> s
 
 def modules(family: Family, model: Any) -> dict[str, tuple[Tensor, dict[str, Any]]]:
     """Returns their linear maps by name, each with its tensor and the pieces of it by the paths of our maps."""
-    found = {}
+    found, without = {}, _prefix_without(family, model)
     for tensor in tensors_of(family, canonical(model)):
         pieces = {
             piece.path.removesuffix("/kernel"): piece for piece in tensor.pieces if piece.path.endswith("/kernel")
         }
         if pieces and tensor.name.endswith(".weight") and all(len(piece.at) <= 1 for piece in tensor.pieces):
-            found[tensor.name.removesuffix(".weight")] = tensor, pieces
+            found[tensor.name.removesuffix(".weight").removeprefix(without)] = tensor, pieces
     return found
+
+
+def _prefix_without(family: Family, model: Any) -> str:
+    """Returns what the names of modules do not begin with: in a class without a head, what in others names all but the head."""
+    [name] = write_config(family, model)["architectures"]
+    return "" if "For" in name or "LMHead" in name else family.prefix
 
 
 def _joins_outputs(tensor: Tensor) -> bool:
@@ -236,13 +242,15 @@ def read(
     ]
     if problems:
         raise ConfigError(problems)
+    model = dataclasses.replace(model, scan_layers=bool(model.scan_layers))
     every, left = modules(family, model), dict(stored)
+    prefixes = [begin + more for begin in PREFIXES for more in dict.fromkeys(("", _prefix_without(family, model)))]
     is_dora, stabilized = bool(given.get("use_dora")), bool(given.get("use_rslora"))
     power = 0.5 if stabilized else 1.0
     pieces_found: dict[str, dict[tuple[int, ...], Flat]] = {}
     scales: list[tuple[float, int]] = []
     for name, (tensor, pieces) in every.items():
-        prefix = next((p for p in PREFIXES if f"{p}{name}.lora_A.weight" in left), None)
+        prefix = next((p for p in prefixes if f"{p}{name}.lora_A.weight" in left), None)
         if prefix is None:
             continue
         down = _taken(left, f"{prefix}{name}.lora_A.weight", where)
