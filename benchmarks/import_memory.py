@@ -56,7 +56,9 @@ def make_checkpoint(folder: Path, gigabytes: float, dtype: Any, shards: int) -> 
     }
     layer = 2 * width**2 + 2 * width * width // 3 + 3 * width * 4096
     itemsize = 4 if dtype == "float32" else 2
-    config["num_hidden_layers"] = round((gigabytes * 1e9 / itemsize - 2 * vocab * width) / layer)
+    config["num_hidden_layers"] = num_layers = round((gigabytes * 1e9 / itemsize - 2 * vocab * width) / layer)
+    if num_layers < 1:
+        raise SystemExit(f"--gigabytes {gigabytes:g} is less than the embeddings and a layer take")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(_tokenizer())
     tensors = tensors_of(family_of("llama"), read_config(family_of("llama"), config))

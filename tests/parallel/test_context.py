@@ -29,7 +29,7 @@ from transformer.training.step import make_gradient
 SLOW = pytest.mark.slow
 
 
-def mesh_of(of: Sequence[Any] = (), **sizes: int) -> Mesh:
+def mesh_of(of: Sequence[Any] = (), /, **sizes: int) -> Mesh:
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     devices = np.asarray((of or jax.devices())[: int(np.prod(shape))]).reshape(shape)
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
