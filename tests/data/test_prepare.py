@@ -242,7 +242,7 @@ def never_killed(many_documents: list[str], tmp_path_factory: pytest.TempPathFac
     return contents(directory / "cache")
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_twice_gives_the_same_bytes(
     make_config: MakeConfig, many_documents: list[str], never_killed: dict[str, bytes], tmp_path: Path, num_workers: int
 ) -> None:

@@ -87,7 +87,8 @@ def test_every_linear_map_of_a_model_and_nothing_else(name: str, tiny_config: An
     assert all("f32" not in line.partition("(tensor")[2].partition("->")[0] for line in rounded)
 
 
-@pytest.mark.parametrize("name", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_a_model_trains_and_eight_devices_do_as_one(name: str, tiny_config: Any) -> None:
     """On one batch again and again; the largest of a row is the same however the row is split."""
     cases = (("compute_dtype", {}), (name, {}), (name, {"replica": 2, "fsdp": 2, "tensor": 2}))

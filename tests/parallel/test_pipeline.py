@@ -182,6 +182,7 @@ def test_experts_with_all_other_axes_inside_a_stage(run, capfd):
     assert "rematerialization" not in capfd.readouterr().err, "the compiler replicates an activation"
 
 
+@pytest.mark.slow
 def test_both_stacks_of_an_encoder_decoder(run):
     assert_equal(run("encoder_decoder", stage=2, schedule="gpipe"), run("encoder_decoder", stage=1))
 
