@@ -86,7 +86,7 @@ class Folder:
         The hub's own cache is allowed its links, from `snapshots/REVISION` to `blobs` beside it.
         """
         said = f"{self.path / where}: " if where else ""
-        if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name) or not name:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
             raise ConfigError(f"{said}{shown(name)} is not the name of a file in this folder")
         try:
             found = (self.path / name).resolve(strict=True)

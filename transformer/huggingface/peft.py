@@ -38,7 +38,6 @@ from transformer.parallel.sharding import sharding
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PREFIXES = (PREFIX, PREFIX + "base_model.", "")
 FINGERPRINT = "base_fingerprint"
 """In the metadata of the tensors' file: that of the base, as base.json has it."""
 TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM", "encoder": None}
@@ -244,7 +243,9 @@ def read(
         raise ConfigError(problems)
     model = dataclasses.replace(model, scan_layers=bool(model.scan_layers))
     every, left = modules(family, model), dict(stored)
-    prefixes = [begin + more for begin in PREFIXES for more in dict.fromkeys(("", _prefix_without(family, model)))]
+    # Of a class without a head either name is read.
+    names = dict.fromkeys(("", _prefix_without(family, model)))
+    prefixes = [begin + name for begin in (PREFIX, PREFIX + "base_model.", "") for name in names]
     is_dora, stabilized = bool(given.get("use_dora")), bool(given.get("use_rslora"))
     power = 0.5 if stabilized else 1.0
     pieces_found: dict[str, dict[tuple[int, ...], Flat]] = {}
