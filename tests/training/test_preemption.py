@@ -82,7 +82,9 @@ def interrupted(*arguments):
     return traced
 loop.make_train_step = interrupted
 """
-    process = start_training(make_run(), tmp_path / "run", before=before)
+    # Its own: a step that another test has kept is loaded and not traced.
+    config = make_run(compilation_cache_dir=str(tmp_path / "programs"))
+    process = start_training(config, tmp_path / "run", before=before)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "Traceback" not in output and "step 1/" not in output
