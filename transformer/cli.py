@@ -188,10 +188,11 @@ def evaluate(options: EvaluateOptions) -> int:
         print(f"{options.workdir}, step {step}, the whole validation split")
         print("\n".join(f"  {name:<16}{value:.4f}" for name, value in result.items() if name != "step"))
         return 0
-    print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} tokens)")
+    unit = objective_of(config).LEARNED_FROM
+    print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} {unit}s)")
     if "cross_entropy" in result:
         accuracy = f", accuracy {result['accuracy']:.4f}" if "accuracy" in result else ""
-        print(f"  cross-entropy {result['cross_entropy']:.4f} nats a token{accuracy}")
+        print(f"  cross-entropy {result['cross_entropy']:.4f} nats a {unit}{accuracy}")
     for name, label in SCORES.items():
         if name in result:
             print(f"  {label:<13} {result[name]:.4f}")

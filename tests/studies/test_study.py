@@ -17,7 +17,7 @@ from transformer.arguments import load_config
 from transformer.benchmarks.report import table
 from transformer.config import ConfigError, problems_of, replace, to_json
 from transformer.studies import STUDIES, ablation, mup, precision, recall, transfer
-from transformer.studies.study import Outcome, Shared, Study, Trial, _run, run_study, spread
+from transformer.studies.study import Outcome, Shared, Study, Trial, _counts, _run, run_study, spread
 from transformer.training import DIVERGED, loop
 from transformer.training.start_from import on_base, opened
 
@@ -275,10 +275,11 @@ def test_transfer_gives_both_beginnings_the_same_sentences(tmp_path, monkeypatch
 
 
 def test_transfer_begins_with_a_run_of_the_users(make_run, tmp_path, monkeypatch):
-    """As large as it is, with its tokenizer; no language model is trained."""
+    """As large as it is, with its tokenizer, and trained as the recipe says; no language model is trained."""
     workdir = tmp_path / "published"
     changes = {"objective": {"name": "masked_lm"}, "model": {"architecture": "encoder", "width": 24}}
-    assert loop.run(make_run(train={"num_steps": 1}, **changes), workdir) == 0
+    published = make_run(train={"num_steps": 1}, **changes)
+    assert loop.run(published, workdir) == 0
     (tmp_path / "train.txt").write_text("1 good\n0 bad\n")
     monkeypatch.setattr(transfer, "train_run", lambda *arguments: pytest.fail("a language model was trained"))
     base, _, _ = load_config("sst2_from_pretrained")
@@ -293,6 +294,7 @@ def test_transfer_begins_with_a_run_of_the_users(make_run, tmp_path, monkeypatch
     }
     for trial in by_name.values():
         assert trial.config.model.width == 24 and trial.config.model.num_labels == base.model.num_labels
+        assert trial.config.model.dropout == base.model.dropout > published.model.dropout
         assert trial.config.data.tokenizer_path == str(workdir / "tokenizer")
         starts = {trial.config.init_from.run, trial.config.adapter.base_run} - {""}
         assert starts == (set() if trial.name.startswith("scratch") else {str(workdir)})
@@ -301,6 +303,19 @@ def test_transfer_begins_with_a_run_of_the_users(make_run, tmp_path, monkeypatch
     assert start is not None and begun.model == on_base(adapter, tmp_path / "new").model
     with pytest.raises(ConfigError, match=r"--text = 'more\.md': the model of --pretrained has read what it has read"):
         transfer.prepare(base, dataclasses.replace(shared, text=("more.md",)))
+
+
+def test_what_a_study_counts_as_trained(tiny_config):
+    def share(**changes: object) -> float:
+        trained, total = _counts(tiny_config(**changes))
+        return trained / total
+
+    assert share() == 1
+    assert share(optimizer={"frozen": ("embedding",)}) == pytest.approx(1 - 203 * 32 / _counts(tiny_config())[1])
+    adapted = {"adapter": {"kind": "lora", "base_run": "base", "rank": 1}}
+    assert share(**adapted) < 0.1
+    parts = [share(**adapted, optimizer={"frozen": (part,)}) for part in ("*/mixer/*", "*/feedforward/*")]
+    assert sum(parts) == pytest.approx(share(**adapted)) and min(parts) > 0
 
 
 def test_transfer_tells_what_pretraining_adds():

@@ -1,12 +1,14 @@
 """Scores of a task are those of the whole validation split, over any number of devices."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from transformer import cli
 from transformer.checkpointing.run import resolve
 from transformer.config import Config, replace
 from transformer.data.prepare import prepare
@@ -15,7 +17,9 @@ from transformer.models.transformer import Transformer, apply
 from transformer.objectives import objective_of, with_examples
 from transformer.objectives.scores import classification_scores
 from transformer.parallel.sharding import make_mesh
+from transformer.training import loop
 from transformer.training.evaluation import Evaluator
+from transformer.training.metrics import read_metrics
 
 
 def test_scores_are_those_of_all_predictions(tmp_path: Path) -> None:
@@ -65,3 +69,31 @@ def test_scores_are_those_of_all_predictions(tmp_path: Path) -> None:
     assert found[0]["accuracy"] == pytest.approx(np.mean(np.equal(predicted, targets)))
     for name, value in classification_scores(np.array(predicted), np.array(targets), 3).items():
         assert found[0][name] == pytest.approx(value, abs=1e-6)
+
+
+def test_what_is_counted_is_named(
+    make_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A classifier learns from texts; how fast it is tells the tokens that it reads, of which a text has several."""
+    records = [
+        {"text": f"{word} and more", "label": label} for label, word in enumerate(["good", "bad"]) for _ in "1234"
+    ]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = make_run(
+        data={
+            "path": (str(tmp_path / "labelled.jsonl"),),
+            "validation_path": (str(tmp_path / "labelled.jsonl"),),
+            "validation_documents": 0,
+            "label_field": "label",
+        },
+        model={"architecture": "encoder", "num_labels": 2},
+        objective={"name": "sequence_classification"},
+        train={"num_steps": 1, "batch_size": 8},
+    )
+    assert loop.run(config, tmp_path / "run") == 0
+    train, validation = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert validation["tokens"] == 8 < train["tokens"]
+    capsys.readouterr()
+    assert cli.run(["evaluate", "--workdir", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert "(8 texts)" in told and "nats a text" in told

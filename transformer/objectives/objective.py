@@ -20,6 +20,8 @@ from transformer.objectives.terms import Terms
 class Objective:
     """How text becomes examples, and outputs become terms; as it stands, an example is a window."""
 
+    LEARNED_FROM: ClassVar[str] = "token"
+    """What the cross-entropy is a mean over."""
     COUNTS_TEXT: ClassVar[bool] = False
     """Whether the cross-entropy is over every token of the text once, so that bits a byte can be told."""
     HAS_REFERENCE: ClassVar[bool] = False

@@ -35,6 +35,8 @@ class Classification(TokenObjective):
 class SequenceClassification(Classification):
     """A class for each text."""
 
+    LEARNED_FROM = "text"
+
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         return super().terms(config, pooled(config, outputs, batch), batch)
 

@@ -24,6 +24,8 @@ class SpanExtraction(Objective):
     share. Those of words, in which the field reports, are told by `transformer predict`.
     """
 
+    LEARNED_FROM = "question"
+
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         starts, ends = scores(outputs, batch["may_answer"])
         known = batch["answer_starts"] > 0

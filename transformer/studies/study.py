@@ -45,7 +45,7 @@ class Outcome:
     facts: dict[str, Any]
     parameters: int
     trained_parameters: int
-    """Fewer than `parameters` where there is an adapter."""
+    """Fewer than `parameters` where there is an adapter or `optimizer.frozen`."""
     diverged: bool
     """Whether it ended because gradients were not finite."""
     final: dict[str, float]
@@ -184,10 +184,15 @@ def _counts(config: Config) -> tuple[int, int]:
 
     from transformer.checkpointing.run import for_platform
     from transformer.models import adapters
+    from transformer.models.parameters import is_spec, parameter_specs
     from transformer.models.transformer import Transformer
+    from transformer.optimizers import trained_part
 
     model = Transformer(for_platform(config.model, jax.default_backend()))
-    return adapters.counts(model if config.adapter.kind == "none" else adapters.adapted(model, config.adapter))
+    if config.adapter.kind != "none":
+        model = adapters.adapted(model, config.adapter)
+    specs = jax.tree.leaves(trained_part(config, parameter_specs(model)), is_leaf=is_spec)
+    return sum(spec.count for spec in specs if not spec.is_frozen), adapters.counts(model)[1]
 
 
 def _records(trial: Trial, directory: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformer.arguments import load_config
 from transformer.benchmarks.report import table
+from transformer.checkpointing.fixed import MAY_CHANGE
 from transformer.checkpointing.run import load_run
 from transformer.config import Config, ConfigError, from_json, replace, to_json, write_atomically
 from transformer.data import files
@@ -55,8 +56,9 @@ def prepare(base: Config, shared: Shared) -> Config:
     _write(data / "validation.jsonl", validation)
     if shared.pretrained:
         run = Path(shared.pretrained).expanduser().absolute()
-        model = load_run(run).config.model
-        base = replace(base, model=vars(model) | {"num_labels": base.model.num_labels})
+        own = ("num_labels", *(key.removeprefix("model.") for key in MAY_CHANGE if key.startswith("model.")))
+        model = vars(load_run(run).config.model) | {name: getattr(base.model, name) for name in own}
+        base = replace(base, model=model)
     else:
         run = _pretrain(base, [record["text"] for record in train], shared)
     fields = {"text_field": "text", "second_text_field": "", "label_field": "label"}

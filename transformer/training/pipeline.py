@@ -46,7 +46,7 @@ def make_gradient(
         gradients, (loss, means, statistics), _ = pipeline(params, batch, key, used)
         gradients = gradients if layout is None else jax.lax.with_sharding_constraint(gradients, layout)
         reported = means | (normalize(statistics)[1] if statistics else {})
-        return trained_part(config, gradients), {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
+        return trained_part(config, gradients), {"loss": loss, **reported, "tokens": jnp.sum(batch["segment_ids"] > 0)}
 
     return gradient
 

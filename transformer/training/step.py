@@ -134,6 +134,6 @@ def make_gradient(config: Config, model: Transformer, layout: Any = None) -> Cal
             zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), zero)
             gradients, loss, means, statistics = jax.lax.fori_loop(0, used, accumulate, zero)
         reported = means | (normalize(statistics)[1] if statistics else {})
-        return gradients, {"loss": loss, **reported, "tokens": jnp.sum(batch["weights"] > 0)}
+        return gradients, {"loss": loss, **reported, "tokens": jnp.sum(batch["segment_ids"] > 0)}
 
     return gradient
