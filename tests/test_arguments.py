@@ -183,7 +183,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text)
     (problem,) = mistakes("--config", str(path))
-    assert f"{path} is not JSON" in problem or problem == "the configuration must be an object, not []"
+    assert f"{path} is not JSON" in problem or problem == f"{path}: the configuration must be an object, not []"
 
 
 def test_lists_and_whole_numbers_of_a_recipe(recipe: Callable[[str], str]) -> None:

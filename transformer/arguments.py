@@ -177,7 +177,8 @@ def load_config(name: str, is_run: bool = False) -> tuple[Config, list[str], boo
     if path.suffix == ".py":
         return _run_recipe(path)
     try:
-        return *from_tree(json.loads(path.read_bytes())), True
+        config, problems = from_tree(json.loads(path.read_bytes()))
+        return config, [f"{path}: {problem}" for problem in problems], True
     except (ValueError, RecursionError) as error:
         return Config(), [f"{path} is not JSON: {error}"], False
 

@@ -11,7 +11,8 @@ from references import REFERENCES, write_folder
 
 from transformer import cli
 from transformer.arguments import exit_status
-from transformer.config import ModelConfig
+from transformer.checkpointing.run import load_run
+from transformer.config import ConfigError, ModelConfig
 from transformer.data.plain_tokenizers import ByteTokenizer, CharacterTokenizer
 from transformer.data.tokenizers import Tokenizer, load_tokenizer
 from transformer.huggingface.published import SAMPLES, write_tokenizer
@@ -161,6 +162,15 @@ def test_mistakes_in_the_command(published: Path, tmp_path: Path, command: Calla
     assert status == 2 and "PATH is missing" in told
     status, told = command("import", published, "--workdir", published, "--parallel.fsdp", 8)
     assert status == 2 and "is there already" in told
+    for words in (("compare", published, tmp_path), ("generate", "--workdir", published)):
+        status, told = command(*words)
+        assert (
+            status == 2
+            and told.count("error: ") == 1
+            and "config.json: this is a model in Hugging Face's layout" in told
+        )
+    with pytest.raises(ConfigError, match="of which `transformer import` makes a run"):
+        load_run(published)
     status, told = command("export", "--workdir", tmp_path / "run", tmp_path / "out")
     assert status == 2 and "is not a run directory" in told
 

@@ -55,12 +55,11 @@ def load_run(workdir: PurePath) -> Run:
     if not isinstance(workdir, Path):
         return importlib.import_module("transformer.checkpointing.places").load_run(workdir)
     try:
-        text = (workdir / CONFIG).read_text()
+        config = from_json((workdir / CONFIG).read_text(), str(workdir / CONFIG))
         corpus = json.loads((workdir / CORPUS).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         problem = f"{workdir} is not a run directory: it has no {Path(error.filename).name}"
         raise ConfigError(problem) from error
-    config = from_json(text, str(workdir / CONFIG))
     labels = tuple(corpus.get("labels", ()))
     return Run(workdir, config, load_tokenizer(workdir / TOKENIZER), corpus["fingerprint"], labels)
 
