@@ -303,6 +303,10 @@ def test_transfer_begins_with_a_run_of_the_users(make_run, tmp_path, monkeypatch
     assert start is not None and begun.model == on_base(adapter, tmp_path / "new").model
     with pytest.raises(ConfigError, match=r"--text = 'more\.md': the model of --pretrained has read what it has read"):
         transfer.prepare(base, dataclasses.replace(shared, text=("more.md",)))
+    nothing = dataclasses.replace(shared, directory=tmp_path / "other", pretrained=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="none is not a run directory"):
+        transfer.prepare(base, nothing)
+    assert not nothing.directory.exists()
 
 
 def test_what_a_study_counts_as_trained(tiny_config):

@@ -47,6 +47,11 @@ def prepare(base: Config, shared: Shared) -> Config:
         raise ConfigError(
             f"--text = {shared.text[0]!r}: the model of --pretrained has read what it has read; leave one out"
         )
+    run = Path(shared.pretrained).expanduser().absolute() if shared.pretrained else None
+    if run:
+        own = ("num_labels", *(key.removeprefix("model.") for key in MAY_CHANGE if key.startswith("model.")))
+        model = vars(load_run(run).config.model) | {name: getattr(base.model, name) for name in own}
+        base = replace(base, model=model)
     data = shared.directory / "data"
     train, validation = _labelled(base, data)
     for seed in shared.seeds:
@@ -54,12 +59,7 @@ def prepare(base: Config, shared: Shared) -> Config:
         for count in SHARES:
             _write(data / f"train-{count or 'all'}-{seed}.jsonl", order[:count])
     _write(data / "validation.jsonl", validation)
-    if shared.pretrained:
-        run = Path(shared.pretrained).expanduser().absolute()
-        own = ("num_labels", *(key.removeprefix("model.") for key in MAY_CHANGE if key.startswith("model.")))
-        model = vars(load_run(run).config.model) | {name: getattr(base.model, name) for name in own}
-        base = replace(base, model=model)
-    else:
+    if not run:
         run = _pretrain(base, [record["text"] for record in train], shared)
     fields = {"text_field": "text", "second_text_field": "", "label_field": "label"}
     files_of = {
