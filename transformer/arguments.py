@@ -177,8 +177,11 @@ def load_config(name: str, is_run: bool = False) -> tuple[Config, list[str], boo
     if path.suffix == ".py":
         return _run_recipe(path)
     try:
-        config, problems = from_tree(json.loads(path.read_bytes()))
-        return config, [f"{path}: {problem}" for problem in problems], True
+        tree = json.loads(path.read_bytes())
+        if isinstance(tree, dict) and "model_type" in tree:
+            problem = "is of a model in Hugging Face's layout, of which `transformer import` makes a run"
+            return Config(), [f"{path} {problem}"], False
+        return *from_tree(tree), True
     except (ValueError, RecursionError) as error:
         return Config(), [f"{path} is not JSON: {error}"], False
 

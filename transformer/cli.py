@@ -184,15 +184,14 @@ def evaluate(options: EvaluateOptions) -> int:
     if options.as_json:
         print(json.dumps(result))
         return 0
-    if "cross_entropy" not in result:
-        print(f"{options.workdir}, step {step}, the whole validation split")
-        print("\n".join(f"  {name:<16}{value:.4f}" for name, value in result.items() if name != "step"))
-        return 0
-    unit = objective_of(config).LEARNED_FROM
+    unit = objective_of(config).UNIT
     print(f"{options.workdir}, step {step}, the whole validation split ({result['tokens']:,} {unit}s)")
-    if "cross_entropy" in result:
-        accuracy = f", accuracy {result['accuracy']:.4f}" if "accuracy" in result else ""
-        print(f"  cross-entropy {result['cross_entropy']:.4f} nats a {unit}{accuracy}")
+    if "cross_entropy" not in result:
+        numbers = {name: value for name, value in result.items() if name not in ("step", "tokens")}
+        print("\n".join(f"  {name:<16}{value:.4f}" for name, value in numbers.items()))
+        return 0
+    accuracy = f", accuracy {result['accuracy']:.4f}" if "accuracy" in result else ""
+    print(f"  cross-entropy {result['cross_entropy']:.4f} nats a {unit}{accuracy}")
     for name, label in SCORES.items():
         if name in result:
             print(f"  {label:<13} {result[name]:.4f}")

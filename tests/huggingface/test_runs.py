@@ -165,11 +165,9 @@ def test_mistakes_in_the_command(published: Path, tmp_path: Path, command: Calla
     for words in (("compare", published, tmp_path), ("generate", "--workdir", published)):
         status, told = command(*words)
         assert (
-            status == 2
-            and told.count("error: ") == 1
-            and "config.json: this is a model in Hugging Face's layout" in told
+            status == 2 and told.count("error: ") == 1 and "config.json is of a model in Hugging Face's layout" in told
         )
-    with pytest.raises(ConfigError, match="of which `transformer import` makes a run"):
+    with pytest.raises(ConfigError, match=r"it has no corpus\.json; of a model in Hugging Face's layout"):
         load_run(published)
     status, told = command("export", "--workdir", tmp_path / "run", tmp_path / "out")
     assert status == 2 and "is not a run directory" in told

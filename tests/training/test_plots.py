@@ -67,7 +67,8 @@ def test_draws_training_and_validation_with_units(tmp_path, figures):
 def test_a_spike_does_not_flatten_the_curve_but_the_start_is_shown(tmp_path, figures):
     losses = [8.0] + [2.0] * 999
     losses[500] = 1000.0
-    draw_loss(write_log(tmp_path / "m.jsonl", losses), tmp_path / "loss.png", "t")
+    draw_loss(write_log(tmp_path / "m.jsonl", losses), tmp_path / "loss.png", "t", "text")
+    assert figures[0].axes[0].get_ylabel() == "cross-entropy (nats per text)"
     low, high = figures[0].axes[0].get_ylim()
     assert low < 2 and 8 < high < 10
     assert np.all(curves(figures[0]).smooth[1][50:] == 2)

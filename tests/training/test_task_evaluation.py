@@ -71,8 +71,17 @@ def test_scores_are_those_of_all_predictions(tmp_path: Path) -> None:
         assert found[0][name] == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("task", "num_labels", "told"),
+    [("sequence_classification", 2, "nats a text"), ("regression", 1, "squared_error")],
+)
 def test_what_is_counted_is_named(
-    make_run: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str,
+    num_labels: int,
+    told: str,
+    make_run: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A classifier learns from texts; how fast it is tells the tokens that it reads, of which a text has several."""
     records = [
@@ -86,8 +95,8 @@ def test_what_is_counted_is_named(
             "validation_documents": 0,
             "label_field": "label",
         },
-        model={"architecture": "encoder", "num_labels": 2},
-        objective={"name": "sequence_classification"},
+        model={"architecture": "encoder", "num_labels": num_labels},
+        objective={"name": task},
         train={"num_steps": 1, "batch_size": 8},
     )
     assert loop.run(config, tmp_path / "run") == 0
@@ -95,5 +104,5 @@ def test_what_is_counted_is_named(
     assert validation["tokens"] == 8 < train["tokens"]
     capsys.readouterr()
     assert cli.run(["evaluate", "--workdir", str(tmp_path / "run")]) == 0
-    told = capsys.readouterr().out
-    assert "(8 texts)" in told and "nats a text" in told
+    shown = capsys.readouterr().out
+    assert "(8 texts)" in shown and told in shown

@@ -59,7 +59,7 @@ def run(options: Options) -> int:
     ends = np.linspace(0, count, READINGS + 1).astype(int)[1:]
     rates, memory, tokens, start, number = [], [], 0, time.perf_counter(), 0
     for number, batch in enumerate(train_batches(config, prepared, 0, rows), start=1):
-        tokens += int(np.sum(batch["weights"] > 0))
+        tokens += int(np.sum(batch["segment_ids"] > 0))
         if number in ends:
             now = time.perf_counter()
             rates.append(tokens / (now - start))

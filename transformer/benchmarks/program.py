@@ -56,7 +56,7 @@ class Program:
 
     @property
     def num_tokens(self) -> int:
-        """Targets of a step."""
+        """Places of a step, of an encoder-decoder those of the decoder."""
         return self.config.train.batch_size * self.config.data.sequence_length
 
     @property

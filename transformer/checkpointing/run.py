@@ -55,11 +55,15 @@ def load_run(workdir: PurePath) -> Run:
     if not isinstance(workdir, Path):
         return importlib.import_module("transformer.checkpointing.places").load_run(workdir)
     try:
-        config = from_json((workdir / CONFIG).read_text(), str(workdir / CONFIG))
+        text = (workdir / CONFIG).read_text()
         corpus = json.loads((workdir / CORPUS).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        problem = f"{workdir} is not a run directory: it has no {Path(error.filename).name}"
+        missing = Path(error.filename).name
+        problem = f"{workdir} is not a run directory: it has no {missing}"
+        if missing == CORPUS and '"model_type"' in (workdir / CONFIG).read_text():
+            problem += "; of a model in Hugging Face's layout `transformer import` makes one"
         raise ConfigError(problem) from error
+    config = from_json(text, str(workdir / CONFIG))
     labels = tuple(corpus.get("labels", ()))
     return Run(workdir, config, load_tokenizer(workdir / TOKENIZER), corpus["fingerprint"], labels)
 

@@ -34,8 +34,6 @@ def from_json(text: str, where: str = "config.json") -> Config:
 def from_tree(tree: Any) -> tuple[Config, list[str]]:
     """Returns the configuration that nested dictionaries stand for, lists taken for tuples and whole numbers for
     floats where those are declared, and a sentence for each mistake in them; what is wrong takes its default."""
-    if isinstance(tree, dict) and "model_type" in tree:
-        return Config(), ["this is a model in Hugging Face's layout, of which `transformer import` makes a run"]
     problems: list[str] = []
     return _build(Config, tree, "", problems), problems
 

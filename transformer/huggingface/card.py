@@ -53,6 +53,7 @@ def last_metrics(run: Run, step: int) -> dict[str, Any]:
         record = json.loads(line)
         if record["step"] <= step:
             loss = f"{record['split']} loss, nats"
-            found |= {"tokens": record["tokens"]} if record["split"] == "train" else {}
+            if record["split"] == "train":
+                found["tokens read"] = found.get("tokens read", 0) + record["tokens"]
             found[loss] = float(record["loss"])
     return found

@@ -24,6 +24,7 @@ from transformer.objectives.terms import Terms
 class Dpo(Objective):
     """Preferred answers over others."""
 
+    UNIT = "pair"
     HAS_REFERENCE: ClassVar[bool] = True
 
     def arrays(self, config: Config) -> dict[str, tuple[int, str]]:

@@ -20,8 +20,8 @@ from transformer.objectives.terms import Terms
 class Objective:
     """How text becomes examples, and outputs become terms; as it stands, an example is a window."""
 
-    LEARNED_FROM: ClassVar[str] = "token"
-    """What the cross-entropy is a mean over."""
+    UNIT: ClassVar[str] = "token"
+    """What the loss is a mean over, and a validation counts."""
     COUNTS_TEXT: ClassVar[bool] = False
     """Whether the cross-entropy is over every token of the text once, so that bits a byte can be told."""
     HAS_REFERENCE: ClassVar[bool] = False

@@ -20,6 +20,8 @@ from transformer.objectives.terms import Terms
 class Regression(Objective):
     """A number for each text, told at one of its tokens or by the mean of all."""
 
+    UNIT = "text"
+
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         predicted = outputs.logits(pooled(config, outputs, batch).hidden)[..., 0]
         error = jnp.sum(jnp.square(predicted - batch["targets"]) * batch["weights"])

@@ -35,7 +35,7 @@ class Classification(TokenObjective):
 class SequenceClassification(Classification):
     """A class for each text."""
 
-    LEARNED_FROM = "text"
+    UNIT = "text"
 
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         return super().terms(config, pooled(config, outputs, batch), batch)

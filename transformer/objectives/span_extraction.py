@@ -24,7 +24,7 @@ class SpanExtraction(Objective):
     share. Those of words, in which the field reports, are told by `transformer predict`.
     """
 
-    LEARNED_FROM = "question"
+    UNIT = "question"
 
     def terms(self, config: ObjectiveConfig, outputs: Outputs, batch: Mapping[str, Array]) -> Terms:
         starts, ends = scores(outputs, batch["may_answer"])

@@ -21,6 +21,8 @@ def _last_tokens(starts: np.ndarray, segments: np.ndarray) -> np.ndarray:
 class TokenClassification(Classification):
     """A class for each word."""
 
+    UNIT = "word"
+
     def example(self, config: Config, tokenizer: Tokenizer, window: Window, rng: np.random.Generator) -> Window:
         """Returns the row of texts with the class of each word as the target of one of its tokens."""
         segments, labels = window["segment_ids"], window["labels"]

@@ -182,15 +182,12 @@ def _counts(config: Config) -> tuple[int, int]:
     """Returns how many parameters a run has trained, and how many its model has."""
     import jax
 
-    from transformer.checkpointing.run import for_platform
+    from transformer.checkpointing.run import make_model
     from transformer.models import adapters
     from transformer.models.parameters import is_spec, parameter_specs
-    from transformer.models.transformer import Transformer
     from transformer.optimizers import trained_part
 
-    model = Transformer(for_platform(config.model, jax.default_backend()))
-    if config.adapter.kind != "none":
-        model = adapters.adapted(model, config.adapter)
+    model = make_model(config, jax.default_backend())
     specs = jax.tree.leaves(trained_part(config, parameter_specs(model)), is_leaf=is_spec)
     return sum(spec.count for spec in specs if not spec.is_frozen), adapters.counts(model)[1]
 

@@ -17,8 +17,8 @@ MAX_POINTS = 4000
 TRAIN, VALIDATION = "#2f6db3", "#c8452c"
 
 
-def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
-    """Draws the cross-entropy (nats per token), or the squared error, of training and validation over the steps; says whether it could.
+def draw_loss(metrics_path: Path, png_path: Path, title: str, unit: str = "token") -> bool:
+    """Draws the cross-entropy (nats per `unit`), or the squared error, of training and validation over the steps; says whether it could.
 
     Where matplotlib is missing one message tells so, however often this is called.
     """
@@ -51,7 +51,7 @@ def draw_loss(metrics_path: Path, png_path: Path, title: str) -> bool:
     margin = 0.05 * (high - low) or 0.1
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     is_error = any("squared_error" in record for record in records[-1:])
-    label = "mean squared error" if is_error else "cross-entropy (nats per token)"
+    label = "mean squared error" if is_error else f"cross-entropy (nats per {unit})"
     axes.set(xlabel="optimizer step", ylabel=label, ylim=(low - margin, high + margin))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

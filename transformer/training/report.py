@@ -5,6 +5,7 @@ from typing import Any
 
 from transformer.checkpointing.run import Place
 from transformer.config import Config
+from transformer.objectives import objective_of
 from transformer.training.metrics import SCORES, MetricsLog
 from transformer.training.progress import Progress
 from transformer.training.trackers import trackers
@@ -54,7 +55,9 @@ class Report:
                 # Loaded here, for it is an extra's.
                 plots = importlib.import_module("transformer.training.plots")
                 files = self._place.files
-                plots.draw_loss(files / "metrics.jsonl", files / "loss.png", files.name)
+                plots.draw_loss(
+                    files / "metrics.jsonl", files / "loss.png", files.name, objective_of(self._config).UNIT
+                )
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Takes a text that the model wrote."""
