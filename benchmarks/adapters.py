@@ -54,7 +54,11 @@ def measured(config: Config) -> dict[str, Any]:
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    trained = adapters.share(model) if config.adapter.kind != "none" else f"all of {num_parameters(model):,}"
+    trained = (
+        adapters.share(model, parameter_specs(model))
+        if config.adapter.kind != "none"
+        else f"all of {num_parameters(model):,}"
+    )
     return {
         "trained": trained,
         "trained_parameters_bytes": size(state.params),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -360,3 +361,12 @@ def test_a_profile_survives_the_end_of_a_run_and_a_resume_within_it(
     assert len(traces_in(tmp_path / "run")) == 1
     assert loop.run(config, tmp_path / "run") == 0
     assert len(traces_in(tmp_path / "run")) == 2
+
+
+def test_a_run_tells_what_of_it_is_frozen(make_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"optimizer": {"frozen": ("embedding",)}, "train": {"num_steps": 1}}
+    assert loop.run(make_run(**changes), tmp_path / "run") == 0
+    found = re.search(r"([\d,]+) of ([\d,]+) parameters are trained \(", capsys.readouterr().out)
+    assert found
+    trained, total = (int(number.replace(",", "")) for number in found.groups())
+    assert total - trained == 260 * 16, "bytes and special tokens, by the width"

@@ -208,10 +208,9 @@ def at(tree: Any, path: Path) -> Tree:
     return tree
 
 
-def counts(model: Transformer) -> tuple[int, int]:
-    """Returns how many parameters are trained, and how many there are; weights in few bits count one by one."""
-    specs = jax.tree.leaves(parameter_specs(model), is_leaf=is_spec)
-    trained = sum(spec.count for spec in specs if not spec.is_frozen)
+def counts(model: Transformer, specs: Tree) -> tuple[int, int]:
+    """Returns how many parameters are trained, of those in `specs`, and how many the model has; weights in few bits count one by one."""
+    trained = sum(spec.count for spec in jax.tree.leaves(specs, is_leaf=is_spec) if not spec.is_frozen)
     added = sum(
         spec.count
         for linear in adapters(model).values()
@@ -221,9 +220,9 @@ def counts(model: Transformer) -> tuple[int, int]:
     return trained, num_parameters(Transformer(model.config)) + added
 
 
-def share(model: Transformer) -> str:
-    """Returns how many parameters are trained, in words."""
-    trained, total = counts(model)
+def share(model: Transformer, specs: Tree) -> str:
+    """Returns how many parameters are trained, of those in `specs`, in words."""
+    trained, total = counts(model, specs)
     return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
 
 

@@ -184,12 +184,11 @@ def _counts(config: Config) -> tuple[int, int]:
 
     from transformer.checkpointing.run import make_model
     from transformer.models import adapters
-    from transformer.models.parameters import is_spec, parameter_specs
+    from transformer.models.parameters import parameter_specs
     from transformer.optimizers import trained_part
 
     model = make_model(config, jax.default_backend())
-    specs = jax.tree.leaves(trained_part(config, parameter_specs(model)), is_leaf=is_spec)
-    return sum(spec.count for spec in specs if not spec.is_frozen), adapters.counts(model)[1]
+    return adapters.counts(model, trained_part(config, parameter_specs(model)))
 
 
 def _records(trial: Trial, directory: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from transformer.data.prepared import Prepared, prepare_apart
 from transformer.models.parameters import Tree, join, num_parameters, parameter_specs
 from transformer.models.transformer import Transformer
 from transformer.objectives import objective_of, with_examples, with_window
-from transformer.optimizers import is_averaged, make_optimizer, replace_average
+from transformer.optimizers import is_averaged, make_optimizer, replace_average, trained_part
 from transformer.parallel.sharding import global_array, local_rows, make_mesh, use_rules
 from transformer.training import DIVERGED
 from transformer.training.evaluation import Evaluator
@@ -212,8 +212,9 @@ class Loop:
         arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         tokens = self.config.train.batch_size * self.config.data.sequence_length
         told = f"{num_parameters(self.model):,} parameters"
-        if state.frozen:
-            told = importlib.import_module("transformer.models.adapters").share(self.model)
+        if state.frozen or self.config.optimizer.frozen:
+            specs = trained_part(self.config, parameter_specs(self.model))
+            told = importlib.import_module("transformer.models.adapters").share(self.model, specs)
         shape = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1)
         self.report.message(
             f"{told}; mesh {shape or 'of one device'}; "
